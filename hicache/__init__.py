@@ -1,0 +1,24 @@
+"""Tiers below HBM and the policy that joins them: sees keys, slots and numbers, never tensors or SGLang objects."""
+
+from hicache.engine import Engine, Offload, Restore
+from hicache.host import HostTier
+from hicache.null import NullTier
+from hicache.stats import Stats
+from hicache.ticket import Ticket, Verdict
+from hicache.tier import Batch, Capacity, Health, Tier, TierError
+
+__all__ = [
+    "Batch",
+    "Capacity",
+    "Engine",
+    "Health",
+    "HostTier",
+    "NullTier",
+    "Offload",
+    "Restore",
+    "Stats",
+    "Ticket",
+    "Tier",
+    "TierError",
+    "Verdict",
+]

@@ -1,0 +1,256 @@
+"""The engine joins the index, the host tier and the tickets: every decision about KV below HBM is taken here.
+
+It never moves a byte. A caller that has a page in HBM says `begin_offload` and is told which slots to fill, copies, and
+says `finish_offload`; a caller that wants pages back says `lookup`, then `begin_restore`, is told which slots to read,
+copies, and says `finish_restore`. Between a begin and its finish the rows are leased, so that no slot that a copy reads
+or writes is evicted or given away. That is the whole protocol:
+
+    begin_offload   ABSENT -> INCOMING, leased        begin_restore    RESIDENT, leased
+    finish_offload  INCOMING -> RESIDENT or ABSENT    finish_restore   lease ends
+
+Three rules make the host tier usable as a promise to SGLang:
+
+- It is closed under prefixes: a page is admitted only below a parent that is held. Eviction is leaf-first, so it stays
+  closed, and a lookup is one walk that stops at the first page that is not resident.
+- What a lookup has reported cannot be evicted in the same tick, because SGLang evicts and allocates between its lookup
+  and its load. The caller ticks once a scheduler iteration.
+- Nothing here depends on the wall clock but a ticket's deadline, and nothing on a thread: all methods run on the one
+  thread that owns the engine. Copies that end on other threads are reported by that thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache.host import HostTier, Slots
+from hicache.stats import Stats
+from hicache.ticket import Ticket, Verdict
+from radix import HBM, HOST, ROOT, Index, IndexFull, Rows, State
+
+NO_ROWS: Rows = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Offload:
+    """Pages to copy from HBM into the slab: page `positions[i]` of the offered run goes into slot `slots[i]`."""
+
+    rows: Rows
+    positions: NDArray[np.int64]
+    slots: Slots
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Restore:
+    """Pages to copy from the slab into HBM, in path order: page i of the run comes from `slots[i]`."""
+
+    rows: Rows
+    slots: Slots
+
+
+class Engine:
+    """Decides where pages live. All methods belong to one thread and none of them blocks.
+
+    index: the radix index, with a policy for the host tier. The engine is its only writer.
+    n_slots: host slots, 1 or more.
+    max_leased_share: how much of the host tier waiting requests may pin together, from 0 to 1. Beyond it a ticket opens
+        without leases: its request still hits what is there when it is admitted, but the pages may leave before that.
+    clock: monotonic seconds, for deadlines only.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        n_slots: int,
+        *,
+        clock: Callable[[], float],
+        max_leased_share: float = 0.5,
+    ) -> None:
+        self.stats = Stats()
+        self.index = index
+        self.host = HostTier(index, n_slots, self.stats)
+        self._clock = clock
+        self._max_leased = int(n_slots * max_leased_share)
+        self._n_leased = 0
+        self._tickets: set[Ticket] = set()
+        self._n_copying = 0
+
+    # ---- write-back ----
+
+    def holds(self, key: bytes | None) -> bool:
+        """Whether host memory holds this page or is receiving it, so that pages below it may be admitted."""
+        if key is None:
+            return True
+        row = self.index.row_of(key)
+        return row is not None and bool(self.host.held(np.array([row], dtype=np.int32))[0])
+
+    def begin_offload(self, keys: bytes, parent: bytes | None = None) -> Offload | None:
+        """SGLang holds these pages in HBM: which of them are to be copied into which slots.
+
+        keys: 32n bytes, a run in path order below the page `parent` (None: below the root).
+        Returns None when there is nothing to copy: all are held, or none may be admitted now (counted in `stats`).
+        A run below a parent that is not held is mirrored but not admitted; offer it again with its path from the root.
+        """
+        self.stats.offered += len(keys) // 32
+        rows = self._mirror(keys, parent)
+        if rows is None:
+            self.stats.skipped_full += len(keys) // 32
+            return None
+        self.index.touch_path(int(rows[-1]))
+        absent = ~self.host.held(rows)
+        positions = np.flatnonzero(absent)
+        self.stats.deduplicated += len(rows) - len(positions)
+        if not len(positions) or not self.holds(parent):
+            self.stats.skipped_full += len(positions)
+            return None
+        admitted = self.host.admit(rows[positions])
+        self.stats.skipped_full += len(positions) - len(admitted)
+        if not len(admitted):
+            return None
+        self.index.lease(admitted)
+        self._n_copying += 1
+        return Offload(admitted, positions[: len(admitted)], self.host.slots(admitted))
+
+    def skip_offload(self, keys: bytes, parent: bytes | None = None) -> None:
+        """As `begin_offload`, for pages that the caller cannot copy now: they are known to be in HBM, and counted."""
+        self.stats.offered += len(keys) // 32
+        self.stats.skipped_pressure += len(keys) // 32
+        self._mirror(keys, parent)
+
+    def finish_offload(self, offload: Offload, *, landed: bool) -> None:
+        """The copy of `offload` has ended, with all its bytes in the slab or with none to be trusted."""
+        self._n_copying -= 1
+        if landed:
+            self.host.land(offload.rows)
+            self.stats.offloaded += len(offload.rows)
+        else:
+            self.host.abandon(offload.rows)
+            self.stats.failed += len(offload.rows)
+        self.index.release(offload.rows)
+
+    def _mirror(self, keys: bytes, parent: bytes | None) -> Rows | None:
+        """Rows of pages that are in HBM now; None when the index has no room or does not know the parent."""
+        parent_row: int | None = ROOT
+        if parent is not None:
+            parent_row = self.index.row_of(parent)
+        if parent_row is None:
+            return None
+        try:
+            rows = self.index.insert(keys, parent_row)
+        except IndexFull:
+            return None
+        self.index.put(rows, HBM)
+        return rows
+
+    # ---- what is in HBM ----
+
+    def hbm_evicted(self, keys: bytes) -> None:
+        """SGLang has dropped these pages, a run in path order, from HBM."""
+        rows = self.index.match(keys)
+        self.index.drop(rows[self.index.states(rows, HBM) == State.RESIDENT], HBM)
+
+    def hbm_used(self, key: bytes) -> None:
+        """A request hit HBM down to this page: keep the host copies of its path as recent as HBM's."""
+        row = self.index.row_of(key)
+        if row is not None:
+            self.index.touch_path(row)
+
+    # ---- restore ----
+
+    def lookup(self, keys: bytes) -> int:
+        """How many pages at the head of `keys` can be restored now. They stay until the tick after this one."""
+        self.stats.lookups += 1
+        rows = self.index.match(keys)
+        n_pages = self.index.resident_prefix(rows, HOST)
+        if n_pages:
+            self.index.touch_path(int(rows[n_pages - 1]))
+        return n_pages
+
+    def begin_restore(self, keys: bytes) -> Restore | None:
+        """Lease pages that a lookup of this tick has reported. None if one of them is not there: nothing is leased."""
+        rows = self.index.match(keys)
+        if self.index.resident_prefix(rows, HOST) * 32 != len(keys):
+            return None
+        self.index.lease(rows)
+        self._n_copying += 1
+        return Restore(rows, self.host.slots(rows))
+
+    def finish_restore(self, restore: Restore, *, copied: bool) -> None:
+        """Nothing reads the slots of `restore` any more; `copied` is False if it was cancelled before it began."""
+        self._n_copying -= 1
+        self.index.release(restore.rows)
+        if copied:
+            self.stats.restored += len(restore.rows)
+
+    # ---- tickets ----
+
+    def open_ticket(self, keys: bytes, parent: bytes | None, timeout_s: float) -> Ticket:
+        """A request waits for these pages below `parent`: lease what host memory has of its whole path."""
+        self.stats.tickets += 1
+        rows = self._held_path(keys, parent)
+        if self._n_leased + len(rows) > self._max_leased:
+            self.stats.tickets_unleased += 1
+            rows = NO_ROWS
+        self.index.lease(rows)
+        self._n_leased += len(rows)
+        ticket = Ticket(rows, self._clock() + timeout_s, Verdict.WAIT)
+        self._tickets.add(ticket)
+        return ticket
+
+    def poll_ticket(self, ticket: Ticket) -> Verdict:
+        """Decide a ticket again. Cheap once the verdict is GO."""
+        if ticket.verdict is Verdict.WAIT:
+            if not (self.index.states(ticket.rows, HOST) == State.INCOMING).any():
+                ticket.verdict = Verdict.GO
+            elif self._clock() >= ticket.deadline_s:
+                ticket.verdict = Verdict.GO
+                self.stats.tickets_expired += 1
+        return ticket.verdict
+
+    def close_ticket(self, ticket: Ticket) -> None:
+        """End a ticket's leases. A ticket is closed once."""
+        self._tickets.remove(ticket)
+        self.index.release(ticket.rows)
+        self._n_leased -= len(ticket.rows)
+
+    def _held_path(self, keys: bytes, parent: bytes | None) -> Rows:
+        """The rows from the root to the deepest page that host memory holds or receives on this path."""
+        rows = self.index.match(keys)
+        rows = rows[: _true_prefix(self.host.held(rows))]
+        if len(rows):
+            return self.index.path(int(rows[-1]))
+        row = None if parent is None else self.index.row_of(parent)
+        if row is None:
+            return NO_ROWS
+        path = self.index.path(row)
+        return path[: _true_prefix(self.host.held(path))]
+
+    # ---- life ----
+
+    def tick(self) -> None:
+        """A new scheduler iteration: what the last one looked up may be evicted again."""
+        self.index.tick()
+
+    def reset(self) -> None:
+        """Drop everything, in HBM's mirror and in host memory. No copy may be running: the caller quiesces first."""
+        assert self._n_copying == 0, f"{self._n_copying} copies have begun and not finished"
+        for ticket in tuple(self._tickets):
+            self.close_ticket(ticket)
+        self.index.clear()
+        self.host.clear()
+        self.stats.resets += 1
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError that names what is broken. Scans everything: for tests and debugging."""
+        self.index.check_invariants()
+        self.host.check_invariants()
+        leased = sum(len(ticket.rows) for ticket in self._tickets)
+        assert leased == self._n_leased, f"tickets lease {leased} rows, counted {self._n_leased}"
+
+
+def _true_prefix(flags: NDArray[np.bool_]) -> int:
+    """How many flags are set before the first that is not."""
+    return len(flags) if flags.all() else int(flags.argmin())

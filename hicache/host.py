@@ -1,0 +1,87 @@
+"""The host tier: which pages lie in which slots of the slab.
+
+The bytes belong to the slab (`transfer`), the page's state to the index (`radix`); this file only moves slots between
+the free list and the index, so that at every moment
+
+    free + incoming + resident == capacity
+
+and no slot has two owners. Evictions happen here and only here, on demand, when slots are asked for: there is no
+watermark to poll and no background thread to race with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache.stats import Stats
+from radix import HOST, Index, Rows, State
+from transfer.slots import SlotAllocator
+
+Slots = NDArray[np.int32]
+
+
+class HostTier:
+    """Slots for pages. Owned by one thread (SGLang's scheduler thread); nothing here blocks."""
+
+    def __init__(self, index: Index, n_slots: int, stats: Stats) -> None:
+        self._index = index
+        self._free = SlotAllocator(n_slots)
+        self._stats = stats
+        self.n_slots = n_slots
+
+    def admit(self, rows: Rows) -> Rows:
+        """Give slots to these absent pages and mark them incoming, evicting others where needed.
+
+        Returns the head of `rows` that got slots: all of it, unless leases and the current pass hold the rest.
+        Pages touched in the current tick are never evicted, so the caller touches the path it is extending first.
+        """
+        shortfall = len(rows) - self._free.n_free
+        if shortfall > 0:
+            evicted = self._index.evict(shortfall, HOST)
+            self._free.give(evicted.slots)
+            self._stats.evicted += len(evicted.slots)
+        admitted = rows[: self._free.n_free]
+        slots = self._free.take(len(admitted))
+        assert slots is not None
+        self._index.begin(admitted, HOST, slots)
+        return admitted
+
+    def land(self, rows: Rows) -> None:
+        """The bytes of these incoming pages are in their slots."""
+        self._index.commit(rows, HOST)
+
+    def abandon(self, rows: Rows) -> None:
+        """The bytes of these incoming pages will not come: their slots are free again."""
+        self._free.give(self._index.abort(rows, HOST))
+
+    def slots(self, rows: Rows) -> Slots:
+        """int32[n], where the bytes of these pages are."""
+        return self._index.slots(rows)
+
+    def held(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool[n]: in host memory, or on its way into it."""
+        held: NDArray[np.bool_] = self._index.states(rows, HOST) != State.ABSENT
+        return held
+
+    @property
+    def n_free(self) -> int:
+        return self._free.n_free
+
+    @property
+    def n_resident(self) -> int:
+        return self._index.count(HOST, State.RESIDENT)
+
+    def clear(self) -> None:
+        """All slots are free. The index must have been cleared: nothing may be leased or incoming."""
+        self._free = SlotAllocator(self.n_slots)
+
+    def check_invariants(self) -> None:
+        """The conservation law of this file; raises AssertionError that names the sum."""
+        self._free.check_invariants()
+        incoming = self._index.count(HOST, State.INCOMING)
+        total = self._free.n_free + incoming + self.n_resident
+        assert total == self.n_slots, (
+            f"slots are not conserved: {self._free.n_free} free + {incoming} incoming + {self.n_resident} resident "
+            f"is {total}, capacity is {self.n_slots}"
+        )

@@ -1,0 +1,37 @@
+"""What the engine has done since its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counters in pages unless the name says otherwise. Written by the engine's thread; others may read a stale value."""
+
+    offered: int = 0
+    """Pages that SGLang offered for write-back."""
+    deduplicated: int = 0
+    """Offered pages that host memory held already, or that were on their way into it."""
+    offloaded: int = 0
+    """Pages whose copy into host memory has landed."""
+    failed: int = 0
+    """Pages whose copy into host memory failed: they stay in HBM only."""
+    skipped_full: int = 0
+    """Offered pages for which no slot could be had: all were leased or in use by the current pass."""
+    skipped_pressure: int = 0
+    """Offered pages that were not queued because too many bytes were waiting to be copied."""
+    evicted: int = 0
+    """Pages evicted from host memory to make room."""
+    restored: int = 0
+    """Pages promised to SGLang and copied back into HBM."""
+    lookups: int = 0
+    """Calls of lookup (not pages)."""
+    tickets: int = 0
+    """Tickets opened (not pages)."""
+    tickets_expired: int = 0
+    """Tickets whose deadline passed before their pages had landed (not pages)."""
+    tickets_unleased: int = 0
+    """Tickets opened without leases because waiting requests already held their share of host memory (not pages)."""
+    resets: int = 0
+    """Times that everything was dropped (not pages)."""

@@ -1,0 +1,123 @@
+"""The contract of a tier below host memory: SSD, or a store shared with other servers.
+
+A tier keeps pages by name and moves them between itself and slots of the slab. The engine talks to every tier through
+these eight methods and through nothing else, so a new tier is one file here and one line in the registry of kinds.
+
+What every tier promises:
+
+- A call returns at once with a future; the I/O happens on threads of the tier. Only the thread that owns the engine
+  calls a tier, so no method needs to be safe against another.
+- Batches are in prefix order, root side first, and an answer is always the length of a prefix: the pages before it are
+  good, what lies behind it is unknown. A load of ten pages that answers 7 has filled the first seven slots and has
+  left the other three in any state.
+- `load` fills a slot only with bytes whose checksum and name it has verified. Anything else is a miss.
+- A miss is a value, never an error. What goes wrong with the store ends as `TierError` in the future, and the engine
+  then treats the whole batch as missing. No other exception may come out of a tier.
+- The caller keeps the slots of a batch leased until the future is done, cancelled or not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEY_NBYTES = 32
+
+
+class TierError(Exception):
+    """A tier's store failed: the sentence says which store, what it was asked for, and how it answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A run of pages on one path.
+
+    keys: n raw page keys of 32 bytes each, root side first, in one object.
+    parents: the key of each page's parent, likewise 32n bytes; 32 zero bytes stand for the root.
+    tenant: the request's cache salt, empty for none. It is part of every key already; tiers use it for accounting.
+    slots: int32[n], the slab slots that hold the bytes, or are to receive them.
+    """
+
+    keys: bytes
+    parents: bytes
+    tenant: str
+    slots: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        n_pages = len(self.slots)
+        if len(self.keys) != KEY_NBYTES * n_pages or len(self.parents) != KEY_NBYTES * n_pages:
+            raise ValueError(
+                f"a batch of {n_pages} slots needs {KEY_NBYTES * n_pages} bytes of keys and of parents, "
+                f"got {len(self.keys)} and {len(self.parents)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """How full a tier is, in bytes of its own store (padding, maps and logs included)."""
+
+    used_nbytes: int
+    limit_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether a tier takes calls now. A quarantined one answers every load with 0 and every store with 0, at once."""
+
+    available: bool
+    reason: str
+
+
+class Tier(ABC):
+    """One store below host memory. See the module's text for what each method promises."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The tier's name in logs and metrics, such as `ssd`."""
+
+    @abstractmethod
+    def exists(self, keys: bytes) -> Future[int]:
+        """How many pages at the head of `keys` the store holds, as far as it knows without reading them."""
+
+    @abstractmethod
+    def load(self, batch: Batch) -> Future[int]:
+        """Fill the batch's slots. Answers how many pages at its head are in place and verified."""
+
+    @abstractmethod
+    def store(self, batch: Batch) -> Future[int]:
+        """Persist the batch from its slots. Answers how many pages at its head are stored, or were already.
+
+        A page becomes visible to `exists` and `load` only when all its bytes are in the store.
+        """
+
+    @abstractmethod
+    def delete(self, keys: bytes) -> Future[int]:
+        """Forget these pages, in any order. Answers how many of them were there."""
+
+    @abstractmethod
+    def capacity(self) -> Capacity:
+        """Never blocks."""
+
+    @abstractmethod
+    def health(self) -> Health:
+        """Never blocks."""
+
+    @abstractmethod
+    def stats(self) -> Mapping[str, int]:
+        """Counters since the start, by name. Never blocks."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Finish or cancel what is queued, then release the store. Blocks; calling it again does nothing.
+
+        When it returns no thread of the tier reads or writes a slot any more.
+        """

@@ -1,0 +1,179 @@
+"""SGLang's unified radix cache, with tiers below HBM.
+
+SGLang keeps the tree, the allocator and every decision about HBM. This subclass answers the calls that the scheduler
+makes for caches with an external store, in the order in which they come:
+
+    prefetch_from_storage       a request arrives: open its ticket, which leases what host memory has of its path
+    check_hicache_events        once an iteration: acknowledge write-backs, decide tickets, tick the logical clock
+    check_prefetch_progress     an admission attempt: what was decided about its ticket
+    match_prefix, init_load_back (inherited): our wrapper adds the host hit, then queues the restore
+    finish_external_linker_loads   its batch has been launched: the ticket has served
+    on_release, release_aborted_request   the request is over
+
+Verdicts about tickets are taken in one place, `check_hicache_events`, and only read elsewhere: whatever depends on a
+clock or a thread must be agreed on between ranks before anybody acts on it, and there it can be.
+
+Nothing here may raise for a reason outside our own bugs: an exception in the scheduler ends the server.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+from hicache import Engine, Ticket, Verdict
+from sgl_lmcache.keys import to_blob
+from sgl_lmcache.linker import Linker
+from sgl_lmcache.wrapper import TieredLinkerWrapper
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    """A request that waits in SGLang's queue. A retried request comes back under the same rid with a new handle."""
+
+    handle: CacheRequestHandle
+    ticket: Ticket
+
+
+class TieredRadixCache(UnifiedRadixCache):
+    """See the module's text. Inert until `attach`: SGLang's constructor calls `reset` before there is a linker."""
+
+    linker: TieredLinkerWrapper | None
+
+    def __init__(self, params: CacheInitParams) -> None:
+        self._waiting: dict[str, _Waiting] = {}
+        self._ticket_timeout_s = 0.0
+        super().__init__(params)
+
+    def attach(self, linker: Linker, *, ticket_timeout_s: float) -> None:
+        """Turn the tiers on. ticket_timeout_s: how long a request may wait for pages on their way to host memory."""
+        self._ticket_timeout_s = ticket_timeout_s
+        self.init_cache_linker(linker)
+
+    def init_cache_linker(self, cache_linker: Linker) -> None:
+        self.linker = TieredLinkerWrapper(self, cache_linker)
+
+    @property
+    def _engine(self) -> Engine:
+        assert self.linker is not None
+        return self.linker.cache_linker.engine
+
+    # ---- arrival and admission ----
+
+    def is_backuped(self, node_id: NodeId) -> bool:
+        """SGLang asks before it calls `prefetch_from_storage`. Any node will do: keys chain from any page."""
+        return True
+
+    def prefetch_from_storage(
+        self,
+        request: CacheRequestHandle,
+        last_host_node_id: NodeId,
+        new_input_tokens: list[int],
+        last_hash: str | None = None,
+        prefix_keys: list[str] | None = None,
+        matched_prefix_tokens: list[int] | None = None,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        storage_hit_end: int | None = None,
+    ) -> None:
+        """A request has arrived, or has come back after a retraction. Never blocks.
+
+        The tokens given here start behind HBM's and our own hit, and `last_hash` belongs to neither, so they are not
+        used: SGLang has matched the request just before, and the wrapper has kept the keys of its whole tail.
+        """
+        self._close_ticket(request.rid)
+        if self.linker is None:
+            return
+        tail = self.linker.tails.get(request.rid)
+        if tail is None:
+            return
+        ticket = self._engine.open_ticket(tail.keys, tail.anchor, self._ticket_timeout_s)
+        self._engine.poll_ticket(ticket)
+        self._waiting[request.rid] = _Waiting(request, ticket)
+
+    def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
+        """Whether the request may be admitted. True for requests that have no ticket."""
+        waiting = self._waiting.get(request.rid)
+        return waiting is None or waiting.handle != request or waiting.ticket.verdict is Verdict.GO
+
+    def check_hicache_events(self) -> None:
+        """Once a scheduler iteration, busy or idle. Constant time when nothing is pending."""
+        if self.linker is None:
+            return
+        self._engine.tick()
+        if self.linker.pending_offloads:
+            super().check_hicache_events()
+        self.linker.cache_linker.collect_restores()
+        for waiting in self._waiting.values():
+            self._engine.poll_ticket(waiting.ticket)
+
+    def ready_to_load_host_cache(self) -> int:
+        return -1 if self.linker is None else self.linker.start_layer_wise_loading()
+
+    def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
+        """A batch was launched. Its restores hold leases of their own, so the tickets of its requests have served."""
+        if self._waiting:
+            for req in reqs:
+                self._forget(req.rid)
+        failed: list[Req] = super().finish_external_linker_loads(reqs)
+        return failed
+
+    # ---- the end of a request ----
+
+    def on_release(self, req: Req, *, checkpointed: bool) -> None:
+        super().on_release(req, checkpointed=checkpointed)
+        self._forget(req.rid)
+
+    def release_aborted_request(self, request: CacheRequestHandle) -> None:
+        super().release_aborted_request(request)
+        self._forget(request.rid)
+
+    def _forget(self, rid: str) -> None:
+        self._close_ticket(rid)
+        if self.linker is not None:
+            self.linker.forget(rid)
+
+    def _close_ticket(self, rid: str) -> None:
+        waiting = self._waiting.pop(rid, None)
+        if waiting is not None:
+            self._engine.close_ticket(waiting.ticket)
+
+    # ---- HBM's mirror ----
+
+    def _evict_device_leaf(self, node_id: NodeId, tracker: dict[ComponentType, int]) -> BackupKV | None:
+        """SGLang evicts a leaf from HBM: tell the index before the node is gone."""
+        if self.linker is not None:
+            self._engine.hbm_evicted(to_blob(self.tree_core.get_hash_values(node_id)))
+        backup: BackupKV | None = super()._evict_device_leaf(node_id, tracker)
+        return backup
+
+    # ---- life ----
+
+    def has_pending_cache_operations(self) -> bool:
+        """Constant: each rank decides alone whether it is idle enough to flush, and `reset` quiesces by itself."""
+        return False
+
+    def clear_storage_backend(self) -> bool:
+        """`/clear_hicache_storage_backend` empties the tiers below host memory. There is none in this version."""
+        return True
+
+    def reset(self) -> None:
+        """`/flush_cache` and weight updates: drops HBM and host memory. Blocks for copies in flight."""
+        for rid in tuple(self._waiting):
+            self._close_ticket(rid)
+        super().reset()
+
+    def check_invariants(self) -> None:
+        """For tests and debugging: everything of ours that can be broken, named. Scans all of it."""
+        if self.linker is not None:
+            self._engine.check_invariants()

@@ -1,0 +1,179 @@
+"""Builds the cache of one scheduler process: checks, sizes, memory, engine, linker, in that order.
+
+Everything that can go wrong goes wrong here, before the server takes a request, and with one sentence that says what to
+change. What this returns cannot fail a request later.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash
+from sglang.srt.mem_cache.registry import (
+    TreeCacheBuildContext,
+    create_unified_radix_cache,
+    default_radix_cache_factory,
+)
+from sglang.srt.runtime_context import get_context, get_disagg, get_memory, get_parallel
+
+from hicache import Engine
+from radix import HOST, Index
+from sgl_lmcache import BACKEND
+from sgl_lmcache.cache import TieredRadixCache
+from sgl_lmcache.config import Config, from_environment
+from sgl_lmcache.errors import RefusedError, StartError
+from sgl_lmcache.linker import Linker
+from sgl_lmcache.memory import host_capacity
+from sgl_lmcache.page_size import SMALL_PAGE_NBYTES, check_page_size
+from sgl_lmcache.pool import describe_pool
+from transfer.copies import Copies, DevicePool
+from transfer.layout import PageLayout
+from transfer.slab import Slab
+
+logger = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 2e-4
+"""How long a Python-bound background thread may keep the GIL from the scheduler; the interpreter's default is 25 times
+as long."""
+
+MAX_PENDING_SHARE = 0.5
+"""Write-backs may lock at most about this share of HBM's KV while they wait to be copied."""
+
+
+def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
+    """SGLang's factory for `--radix-cache-backend sgl_lmcache`. Raises `StartError` with one sentence."""
+    if ctx.disable_radix_cache:
+        logger.warning("sgl_lmcache: the radix cache is disabled, so nothing is kept below HBM")
+        return default_radix_cache_factory(ctx)
+    refuse_unsupported(ctx)
+    config = from_environment()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _compile_hash_extension()
+
+    device_pool, layout = describe_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
+    slab = _allocate_slab(config, layout, device_pool)
+    copies = _copies(ctx, device_pool, layout, slab)
+    engine = _engine(slab.n_slots, device_pool.n_pages)
+    linker = Linker(
+        engine,
+        copies,
+        page_size=layout.page_size,
+        num_layers=layout.n_layers,
+        max_pending_nbytes=int(device_pool.n_pages * layout.page_nbytes * MAX_PENDING_SHARE),
+    )
+    cache = _create_cache(ctx)
+    cache.attach(linker, ticket_timeout_s=_ticket_timeout_s(config))
+    counter = linker.layer_done_counter
+    ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(counter)
+    ctx.tp_worker.register_hicache_layer_transfer_counter(counter)
+    _log_start(layout, slab, device_pool)
+    return cache
+
+
+def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
+    """Raise `RefusedError` for what this version does not do. A closed list: what is not named here works."""
+    parallel, memory, disagg = get_parallel(), get_memory(), get_disagg()
+    check_page_size(ctx.params.page_size)
+    if ctx.tp_size > 1:
+        raise RefusedError(f"--tp-size {ctx.tp_size} needs ranks to agree on hits, which this version cannot do yet")
+    if ctx.params.pp_size > 1:
+        raise RefusedError("pipeline parallel stages cannot agree on what to restore (--pp-size must be 1)")
+    if ctx.params.attn_cp_size > 1 or parallel.dcp_size > 1:
+        raise RefusedError("with context parallel a rank holds only a slice of each page")
+    if ctx.is_hybrid_swa:
+        raise RefusedError(
+            "the model has sliding-window layers with a pool of their own; --disable-hybrid-swa-memory makes it plain"
+        )
+    if ctx.is_hybrid_ssm:
+        raise RefusedError("Mamba layers keep states, not pages")
+    if memory.enable_hierarchical_cache or memory.enable_hisparse or memory.enable_unified_memory:
+        raise RefusedError("--enable-hierarchical-cache, HiSparse and unified memory manage host memory themselves")
+    if disagg.disaggregation_mode == "decode":
+        raise RefusedError("a decode server of a disaggregated pair never asks its cache for stored pages")
+    if not (memory.enable_unified_cache_external_linker and memory.enable_lmcache):
+        raise StartError(
+            "sgl_lmcache: the hook on Scheduler.__init__ has not run, so SGLang would never ask for stored pages; "
+            "look above for an error of the plug-in, and run `sgl-lmcache doctor`."
+        )
+
+
+def _compile_hash_extension() -> None:
+    """Compile and load SGLang's page-hash extension now, not in the middle of the first request."""
+    try:
+        get_native_hash([1], None, 1)
+    except RuntimeError as error:
+        raise StartError(
+            f"sgl_lmcache: SGLang's page-hash extension cannot be compiled ({error.__cause__ or error}); it needs a C++ "
+            "compiler and OpenSSL's headers (Debian: apt-get install g++ libssl-dev)."
+        ) from error
+
+
+def _allocate_slab(config: Config, layout: PageLayout, pool: DevicePool) -> Slab:
+    on_cpu = pool.k[0].device.type == "cpu"
+    # A pool in ordinary memory is touched page by page as it fills, so what it will take is still counted as free.
+    reserved = sum(buffer.nbytes for buffer in (*pool.k, *pool.v)) if on_cpu else 0
+    capacity = host_capacity(config, n_local_ranks=1, reserved_nbytes=reserved)
+    n_slots = capacity // layout.slot_nbytes
+    if n_slots < 1:
+        raise StartError(
+            f"sgl_lmcache: the host tier's capacity of {capacity:,} bytes holds no page of {layout.slot_nbytes:,} bytes; "
+            "give tiers[0].capacity more."
+        )
+    slab = Slab(n_slots, layout.slot_nbytes)
+    if not on_cpu:
+        slab.pin()
+    return slab
+
+
+def _copies(ctx: TreeCacheBuildContext, pool: DevicePool, layout: PageLayout, slab: Slab) -> Copies:
+    if pool.k[0].device.type == "cpu":
+        from transfer.cpu import CpuCopies
+
+        return CpuCopies(pool, layout, slab)
+    from sgl_lmcache.cuda import cuda_copies
+
+    return cuda_copies(pool, layout, slab, forward_stream=ctx.tp_worker.model_runner.forward_stream)
+
+
+def _engine(n_slots: int, n_device_pages: int) -> Engine:
+    """Every page in the index is in HBM or in host memory, or holds one that is; the rest is for pages on their way."""
+    index = Index(n_slots + n_device_pages + max(1024, n_device_pages // 4), policies={HOST: "lru"})
+    return Engine(index, n_slots, clock=time.monotonic)
+
+
+def _create_cache(ctx: TreeCacheBuildContext) -> TieredRadixCache:
+    with _without_builtin_linker():
+        cache = create_unified_radix_cache(ctx, cache_class=TieredRadixCache)
+    assert isinstance(cache, TieredRadixCache)
+    return cache
+
+
+@contextmanager
+def _without_builtin_linker() -> Iterator[None]:
+    """SGLang's factory function would attach its own linker while the flag that our hook has set is up."""
+    get_context().override(BACKEND, enable_unified_cache_external_linker=False)
+    try:
+        yield
+    finally:
+        get_context().override(BACKEND, enable_unified_cache_external_linker=True)
+
+
+def _ticket_timeout_s(config: Config) -> float:
+    return 0.0 if config.prefetch.policy == "best_effort" else config.prefetch.timeout
+
+
+def _log_start(layout: PageLayout, slab: Slab, pool: DevicePool) -> None:
+    logger.info(
+        "sgl_lmcache: host tier of %.2f GiB, %d pages of %d tokens (%s, slots of %d bytes); HBM holds %d pages",
+        slab.nbytes / 2**30,
+        slab.n_slots,
+        layout.page_size,
+        layout.describe(),
+        slab.slot_nbytes,
+        pool.n_pages,
+    )

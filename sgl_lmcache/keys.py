@@ -1,0 +1,12 @@
+"""Page keys as SGLang gives them (a list of 64-digit hex strings) and as everything below takes them (one object)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+KEY_NBYTES = 32
+
+
+def to_blob(hashes: Sequence[str]) -> bytes:
+    """n hex strings -> 32n raw bytes, in the same order. One join and one decode, both in C."""
+    return bytes.fromhex("".join(hashes))

@@ -1,0 +1,60 @@
+"""The plug-in's entry point: SGLang calls `register` in every one of its processes, before it resolves arguments.
+
+Two hooks and one name are all that is registered, and without our flag both hooks return at once:
+
+- before `ServerArgs.resolve_once`: choose the page size, and stop a server whose configuration is wrong before it loads
+  a model;
+- before `Scheduler.__init__`: SGLang's configuration has been published, its scheduler has not read it yet. Switching
+  its external-linker and LMCache flags on there makes the scheduler call the cache's prefetch, load and event methods.
+  They cannot be given on the command line together with a backend of one's own.
+
+SGLang logs what a plug-in raises and goes on without it, so the factory checks that the second hook has run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sgl_lmcache import BACKEND
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
+    from sglang.srt.server_args import ServerArgs
+
+
+def register() -> None:
+    """Entry point of the group `sglang.srt.plugins`. Called once a process, by SGLang."""
+    from sglang.srt.mem_cache.registry import register_radix_cache_backend
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from sgl_lmcache import cpu
+
+    register_radix_cache_backend(BACKEND, _build)
+    HookRegistry.register("sglang.srt.server_args.ServerArgs.resolve_once", _before_resolution, HookType.BEFORE)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _before_scheduler, HookType.BEFORE)
+    cpu.install()
+
+
+def _before_resolution(server_args: ServerArgs) -> None:
+    if server_args.radix_cache_backend != BACKEND or getattr(server_args, "_resolution_finished", False):
+        return
+    from sgl_lmcache.config import from_environment
+    from sgl_lmcache.page_size import set_page_size
+
+    from_environment()
+    set_page_size(server_args)
+
+
+def _before_scheduler(*_args: Any, **_kwargs: Any) -> None:
+    from sglang.srt.runtime_context import get_context, get_memory
+
+    memory = get_memory()
+    if memory.radix_cache_backend == BACKEND and not memory.disable_radix_cache:
+        get_context().override(BACKEND, enable_unified_cache_external_linker=True, enable_lmcache=True)
+
+
+def _build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
+    from sgl_lmcache.factory import build
+
+    return build(ctx)

@@ -1,0 +1,132 @@
+"""Our side of SGLang's linker wrapper: the tree tells it what it matched and inserted, it asks the engine.
+
+Three things differ from the original, each for a reason met in practice:
+
+- `match` drops the request's old hit marker first. The original keeps it when nothing is found; a stale marker is
+  preferred by the next load and lives for ever if the request is then served from HBM.
+- `match` keeps the tail's hashes per waiting request. SGLang matches every waiting request in every scheduler
+  iteration, and the hashes change only when the HBM hit or the prompt does.
+- a write-back is given its parent, and where host memory does not hold that parent, the whole path instead. SGLang
+  offers a node once in its life in HBM, so pages that host memory has evicted meanwhile would otherwise be lost for
+  good, and with them everything below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang.srt.mem_cache.base_prefix_cache import MatchResult
+from sglang.srt.mem_cache.hicache_storage import PoolTransfer
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
+    ExternalCacheHitMarker,
+    UnifiedCacheLinkerWrapper,
+    _PendingOffload,
+)
+
+from sgl_lmcache.keys import KEY_NBYTES, to_blob
+from sgl_lmcache.linker import Linker
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
+
+    from sgl_lmcache.cache import TieredRadixCache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tail:
+    """What a request lacks in HBM: whole pages after its device hit, below the page `anchor` (None: the root)."""
+
+    req: Req
+    n_tokens: int
+    device_hit_len: int
+    anchor: bytes | None
+    hashes: list[str]
+    keys: bytes
+
+
+class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
+    """See the module's text. One per cache; scheduler thread only."""
+
+    cache: TieredRadixCache
+    cache_linker: Linker
+
+    def __init__(self, cache: TieredRadixCache, linker: Linker) -> None:
+        super().__init__(cache, linker)
+        self._engine = linker.engine
+        self.tails: dict[str, Tail] = {}
+
+    # ---- match ----
+
+    def match(self, key: RadixKey, req: Req, result: MatchResult) -> MatchResult:
+        """Add to SGLang's HBM match what host memory can restore behind it, and leave a marker for `load_back`."""
+        self.hit_markers.pop(req.rid, None)
+        key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
+        tail = self._tail(key, req, result)
+        if tail is None:
+            return result
+        if tail.anchor is not None:
+            self._engine.hbm_used(tail.anchor)
+        if not tail.keys:
+            return result
+        n_pages = self._engine.lookup(tail.keys)
+        if n_pages == 0:
+            return result
+        self.hit_markers[req.rid] = ExternalCacheHitMarker(tail.hashes[:n_pages], tail.device_hit_len)
+        return result._replace(last_host_node=result.best_match_node, host_hit_length=n_pages * self.cache.page_size)
+
+    def _tail(self, key: RadixKey, req: Req, result: MatchResult) -> Tail | None:
+        """The request's tail, from the last match if it still holds. None: SGLang has no hash to chain it to."""
+        device_hit_len = result.device_prefix_len
+        known = self.tails.get(req.rid)
+        if (
+            known is not None
+            and known.req is req
+            and known.n_tokens == len(key)
+            and known.device_hit_len == device_hit_len
+        ):
+            return known
+        anchor = None
+        if device_hit_len > 0:
+            anchor_hash = self.cache.get_last_hash_value(result.last_device_node)
+            if anchor_hash is None:
+                return None
+            anchor = bytes.fromhex(anchor_hash)
+        hashes = self._tail_hashes(key, result, device_hit_len)
+        tail = Tail(req, len(key), device_hit_len, anchor, hashes, to_blob(hashes))
+        self.tails[req.rid] = tail
+        return tail
+
+    # ---- write-back ----
+
+    def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
+        """A node has been inserted: hand its pages, or its whole path, to the linker, and lock it until they are out."""
+        core = self.cache.tree_core
+        (kv,) = transfers
+        keys = to_blob(kv.keys)
+        path = core.collect_path_info([node_id])[0]
+        parent_hash = core.get_last_hash_value(path[-1].parent_id)
+        parent = bytes.fromhex(parent_hash) if parent_hash else None
+        device_indices = kv.device_indices
+        if not self._engine.holds(parent):
+            parent = None
+            keys = to_blob(core.get_prefix_hash_values(node_id)) + keys
+            device_indices = core.collect_full_device_indices(node_id, path[0].parent_id)
+        assert len(keys) // KEY_NBYTES * self.cache.page_size == len(device_indices)
+        lock_params = self.cache.inc_lock_ref(node_id).to_dec_params()
+        self.cache_linker.write_back(keys, parent, device_indices)
+        core.mark_external_linker_offload_pending(node_id)
+        self.pending_offloads.append(_PendingOffload(node_id, lock_params, [node_id]))
+
+    # ---- life ----
+
+    def forget(self, rid: str) -> None:
+        """The request has ended or its tokens are about to change."""
+        self.tails.pop(rid, None)
+        self.hit_markers.pop(rid, None)
+
+    def reset(self) -> None:
+        super().reset()
+        self.tails.clear()

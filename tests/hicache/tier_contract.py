@@ -1,0 +1,108 @@
+"""What every tier below host memory must do. A new tier's test subclasses `TierContract` and says how to make one."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from hicache import Batch, Tier
+from tests.support.tiers import split
+
+PAGE_NBYTES = 4096
+N_SLOTS = 64
+
+
+def chain(n_pages: int, seed: str) -> tuple[bytes, bytes]:
+    """Keys and parents of a path of n pages, chained as SGLang chains them."""
+    keys, parents, last = [], [], b"\0" * 32
+    for page in range(n_pages):
+        parents.append(last)
+        last = hashlib.sha256(last + f"{seed}/{page}".encode()).digest()
+        keys.append(last)
+    return b"".join(keys), b"".join(parents)
+
+
+def batch(n_pages: int, seed: str, first_slot: int = 0) -> Batch:
+    keys, parents = chain(n_pages, seed)
+    return Batch(keys, parents, "", np.arange(first_slot, first_slot + n_pages, dtype=np.int32))
+
+
+class TierContract:
+    """`keeps` is False for a tier that may hold nothing: then only the shape of its answers is tested."""
+
+    keeps = True
+
+    def make_tier(self, slab: npt.NDArray[np.uint8], limit_pages: int) -> Tier:
+        raise NotImplementedError
+
+    def open(self, limit_pages: int = N_SLOTS) -> tuple[Tier, npt.NDArray[np.uint8]]:
+        rng = np.random.default_rng(7)
+        slab = rng.integers(0, 256, (N_SLOTS, PAGE_NBYTES), dtype=np.uint8)
+        return self.make_tier(slab, limit_pages), slab
+
+    def test_an_empty_tier_misses(self) -> None:
+        tier, _ = self.open()
+        keys, _ = chain(5, "a")
+        assert tier.exists(keys).result() == 0
+        assert tier.load(batch(5, "a")).result() == 0
+        assert tier.delete(keys).result() == 0
+        tier.close()
+
+    def test_what_was_stored_comes_back_the_same(self) -> None:
+        tier, slab = self.open()
+        before = slab[:8].copy()
+        assert tier.store(batch(8, "a")).result() == (8 if self.keeps else 0)
+        n_loaded = tier.load(batch(8, "a", first_slot=20)).result()
+        assert n_loaded == (8 if self.keeps else 0)
+        assert np.array_equal(slab[20 : 20 + n_loaded], before[:n_loaded])
+        tier.close()
+
+    def test_answers_are_prefixes(self) -> None:
+        tier, slab = self.open()
+        tier.store(batch(8, "a")).result()
+        keys, _ = chain(8, "a")
+        assert tier.delete(split(keys)[5]).result() == (1 if self.keeps else 0)
+        assert tier.exists(keys).result() == (5 if self.keeps else 0)
+        assert tier.load(batch(8, "a", first_slot=20)).result() == (5 if self.keeps else 0)
+        if self.keeps:
+            assert np.array_equal(slab[20:25], slab[:5])
+        tier.close()
+
+    def test_storing_again_changes_nothing(self) -> None:
+        tier, _ = self.open()
+        first = tier.store(batch(4, "a")).result()
+        used = tier.capacity().used_nbytes
+        assert tier.store(batch(4, "a")).result() == first
+        assert tier.capacity().used_nbytes == used
+        tier.close()
+
+    def test_paths_do_not_mix(self) -> None:
+        tier, slab = self.open()
+        tier.store(batch(4, "a", first_slot=0)).result()
+        tier.store(batch(4, "b", first_slot=4)).result()
+        n_loaded = tier.load(batch(4, "b", first_slot=30)).result()
+        assert np.array_equal(slab[30 : 30 + n_loaded], slab[4 : 4 + n_loaded])
+        tier.close()
+
+    def test_the_limit_holds(self) -> None:
+        tier, _ = self.open(limit_pages=6)
+        assert tier.store(batch(10, "a")).result() <= 6
+        capacity = tier.capacity()
+        assert 0 <= capacity.used_nbytes <= max(capacity.limit_nbytes, 6 * PAGE_NBYTES)
+        tier.close()
+
+    def test_an_empty_batch_is_legal(self) -> None:
+        tier, _ = self.open()
+        assert tier.exists(b"").result() == 0
+        assert tier.store(batch(0, "a")).result() == 0
+        assert tier.load(batch(0, "a")).result() == 0
+        tier.close()
+
+    def test_closing_twice_does_nothing(self) -> None:
+        tier, _ = self.open()
+        assert tier.health().available
+        tier.close()
+        tier.close()
+        assert isinstance(dict(tier.stats()), dict)

@@ -1,0 +1,162 @@
+"""Tiers for tests: one that really keeps bytes, and one that wraps another with faults and latency."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+
+import numpy as np
+import numpy.typing as npt
+
+from hicache import Batch, Capacity, Health, Tier, TierError
+from hicache.tier import KEY_NBYTES
+
+
+def split(keys: bytes) -> list[bytes]:
+    """A blob of keys as single keys."""
+    return [keys[i : i + KEY_NBYTES] for i in range(0, len(keys), KEY_NBYTES)]
+
+
+def done(value: int) -> Future[int]:
+    future: Future[int] = Future()
+    future.set_result(value)
+    return future
+
+
+class MemoryTier(Tier):
+    """Keeps pages in a dictionary, up to `limit_pages`; then it stores no more. Answers at once."""
+
+    def __init__(self, slab: npt.NDArray[np.uint8], limit_pages: int) -> None:
+        self._slab = slab
+        self._limit_pages = limit_pages
+        self._pages: dict[bytes, bytes] = {}
+        self._counts = {"loaded": 0, "stored": 0, "deleted": 0}
+        self.closed = False
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    def exists(self, keys: bytes) -> Future[int]:
+        return done(self._prefix(keys))
+
+    def load(self, batch: Batch) -> Future[int]:
+        n_pages = self._prefix(batch.keys)
+        for key, slot in zip(split(batch.keys)[:n_pages], batch.slots, strict=False):
+            self._slab[slot] = np.frombuffer(self._pages[key], dtype=np.uint8)
+        self._counts["loaded"] += n_pages
+        return done(n_pages)
+
+    def store(self, batch: Batch) -> Future[int]:
+        for n_stored, (key, slot) in enumerate(zip(split(batch.keys), batch.slots, strict=True)):
+            if key not in self._pages and len(self._pages) == self._limit_pages:
+                return done(n_stored)
+            self._pages[key] = self._slab[slot].tobytes()
+            self._counts["stored"] += 1
+        return done(len(batch))
+
+    def delete(self, keys: bytes) -> Future[int]:
+        n_deleted = sum(self._pages.pop(key, None) is not None for key in split(keys))
+        self._counts["deleted"] += n_deleted
+        return done(n_deleted)
+
+    def capacity(self) -> Capacity:
+        page_nbytes = self._slab.shape[1]
+        return Capacity(len(self._pages) * page_nbytes, self._limit_pages * page_nbytes)
+
+    def health(self) -> Health:
+        return Health(available=not self.closed, reason="closed" if self.closed else "")
+
+    def stats(self) -> Mapping[str, int]:
+        return dict(self._counts)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _prefix(self, keys: bytes) -> int:
+        found = 0
+        for key in split(keys):
+            if key not in self._pages:
+                break
+            found += 1
+        return found
+
+
+class FaultyTier(Tier):
+    """Another tier with faults and latency, both scripted: no clock, no randomness, no sleep.
+
+    `fail_next(n)`: the next n calls of exists, load, store or delete answer with `TierError`.
+    `hold()`: answers wait until `release(n)` lets the n oldest through, in order. The inner tier does its work only
+    then, as a slow disk would. `close` of the wrapper lets everything through first.
+    """
+
+    def __init__(self, inner: Tier) -> None:
+        self._inner = inner
+        self._failures = 0
+        self._held: deque[tuple[Future[int], Callable[[], Future[int]]]] | None = None
+
+    def fail_next(self, n_calls: int) -> None:
+        self._failures += n_calls
+
+    def hold(self) -> None:
+        self._held = deque()
+
+    def release(self, n_calls: int | None = None) -> None:
+        """Let the oldest calls through; all of them, and all later ones, without an argument."""
+        assert self._held is not None, "nothing is held"
+        n_released = len(self._held) if n_calls is None else n_calls
+        for _ in range(n_released):
+            future, call = self._held.popleft()
+            self._run(call, future)
+        if n_calls is None:
+            self._held = None
+
+    @property
+    def n_held(self) -> int:
+        return 0 if self._held is None else len(self._held)
+
+    @property
+    def name(self) -> str:
+        return f"faulty {self._inner.name}"
+
+    def exists(self, keys: bytes) -> Future[int]:
+        return self._call(lambda: self._inner.exists(keys))
+
+    def load(self, batch: Batch) -> Future[int]:
+        return self._call(lambda: self._inner.load(batch))
+
+    def store(self, batch: Batch) -> Future[int]:
+        return self._call(lambda: self._inner.store(batch))
+
+    def delete(self, keys: bytes) -> Future[int]:
+        return self._call(lambda: self._inner.delete(keys))
+
+    def capacity(self) -> Capacity:
+        return self._inner.capacity()
+
+    def health(self) -> Health:
+        return self._inner.health()
+
+    def stats(self) -> Mapping[str, int]:
+        return self._inner.stats()
+
+    def close(self) -> None:
+        if self._held is not None:
+            self.release()
+        self._inner.close()
+
+    def _call(self, call: Callable[[], Future[int]]) -> Future[int]:
+        future: Future[int] = Future()
+        if self._held is None:
+            self._run(call, future)
+        else:
+            self._held.append((future, call))
+        return future
+
+    def _run(self, call: Callable[[], Future[int]], future: Future[int]) -> None:
+        if self._failures:
+            self._failures -= 1
+            future.set_exception(TierError("the store answered with an injected fault"))
+        else:
+            future.set_result(call().result())
