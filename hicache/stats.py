@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Stats:
-    """Counters in pages unless the name says otherwise. Written by the engine's thread; others may read a stale value."""
+    """Counters in pages unless said otherwise. Written by the engine's thread; others may read a stale value."""
 
     offered: int = 0
     """Pages that SGLang offered for write-back."""

@@ -1,8 +1,8 @@
 """The copy functions of a CUDA device, from the kernels that SGLang ships for its `page_unified` host layout.
 
 A slab whose slots are exactly pages is that layout with one head group, so the kernels read and write it in place.
-Everything else (padded slots, HND pools, K and V of different sizes, rows that are no multiple of 16 bytes) goes through
-`StridedOps`. The kernels are compiled at their first use, with nvcc; where that fails, so does the server's start.
+Everything else (padded slots, HND pools, K and V of different sizes, rows that are no multiple of 16 bytes) goes
+through `StridedOps`. The kernels are compiled at their first use, with nvcc; where that fails, so does the server's start.
 
 This has not been run on a GPU yet.
 """
@@ -40,7 +40,7 @@ def kernels_take(layout: PageLayout) -> bool:
 
 
 class KernelOps:
-    """`DeviceOps` by SGLang's kernels. Enqueues on the current stream; keeps one staging buffer, used in stream order."""
+    """`DeviceOps` by SGLang's kernels. Enqueues on the current stream; one staging buffer, used in stream order."""
 
     def __init__(self, pool: DevicePool, layout: PageLayout) -> None:
         device = pool.k[0].device
@@ -83,7 +83,7 @@ class KernelOps:
             yield layer
 
     def _pages(self, slots: torch.Tensor) -> torch.Tensor:
-        """Slots as the kernels' pages: `(page, 1, layer, 2, page_size, heads, dim)`, MLA `(page, layer, page_size, dim)`."""
+        """Slots as kernel pages: `(page, 1, layer, 2, page_size, heads, dim)`, MLA `(page, layer, page_size, dim)`."""
         view = self._layout.view(slots)
         return view if self._layout.order == "MLA" else view.unsqueeze(1)
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash
@@ -23,13 +24,13 @@ from sglang.srt.runtime_context import get_context, get_disagg, get_memory, get_
 
 from hicache import Engine
 from radix import HOST, Index
-from sgl_lmcache import BACKEND
+from sgl_lmcache import BACKEND, SGLANG_VERSION
 from sgl_lmcache.cache import TieredRadixCache
 from sgl_lmcache.config import Config, from_environment
 from sgl_lmcache.errors import RefusedError, StartError
 from sgl_lmcache.linker import Linker
 from sgl_lmcache.memory import host_capacity
-from sgl_lmcache.page_size import SMALL_PAGE_NBYTES, check_page_size
+from sgl_lmcache.page_size import check_page_size
 from sgl_lmcache.pool import describe_pool
 from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout
@@ -45,6 +46,10 @@ MAX_PENDING_SHARE = 0.5
 """Write-backs may lock at most about this share of HBM's KV while they wait to be copied."""
 
 
+SMALL_PAGE_NBYTES = 64 << 10
+"""Below this a page's fixed costs (a key, a slot, two copies a layer) weigh more than its bytes."""
+
+
 def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     """SGLang's factory for `--radix-cache-backend sgl_lmcache`. Raises `StartError` with one sentence."""
     if ctx.disable_radix_cache:
@@ -58,7 +63,7 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     device_pool, layout = describe_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
     slab = _allocate_slab(config, layout, device_pool)
     copies = _copies(ctx, device_pool, layout, slab)
-    engine = _engine(slab.n_slots, device_pool.n_pages)
+    engine = _engine(config, slab.n_slots, device_pool.n_pages)
     linker = Linker(
         engine,
         copies,
@@ -78,6 +83,8 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
 def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
     """Raise `RefusedError` for what this version does not do. A closed list: what is not named here works."""
     parallel, memory, disagg = get_parallel(), get_memory(), get_disagg()
+    if version("sglang") != SGLANG_VERSION:
+        raise RefusedError(f"it extends internals of SGLang {SGLANG_VERSION}, and this is {version('sglang')}")
     check_page_size(ctx.params.page_size)
     if ctx.tp_size > 1:
         raise RefusedError(f"--tp-size {ctx.tp_size} needs ranks to agree on hits, which this version cannot do yet")
@@ -87,7 +94,7 @@ def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
         raise RefusedError("with context parallel a rank holds only a slice of each page")
     if ctx.is_hybrid_swa:
         raise RefusedError(
-            "the model has sliding-window layers with a pool of their own; --disable-hybrid-swa-memory makes it plain"
+            "the model has sliding-window layers with a pool of their own; add --disable-hybrid-swa-memory"
         )
     if ctx.is_hybrid_ssm:
         raise RefusedError("Mamba layers keep states, not pages")
@@ -108,8 +115,8 @@ def _compile_hash_extension() -> None:
         get_native_hash([1], None, 1)
     except RuntimeError as error:
         raise StartError(
-            f"sgl_lmcache: SGLang's page-hash extension cannot be compiled ({error.__cause__ or error}); it needs a C++ "
-            "compiler and OpenSSL's headers (Debian: apt-get install g++ libssl-dev)."
+            f"sgl_lmcache: SGLang's page-hash extension cannot be compiled ({error.__cause__ or error}); it needs a "
+            "C++ compiler and OpenSSL's headers (Debian: apt-get install g++ libssl-dev)."
         ) from error
 
 
@@ -121,8 +128,8 @@ def _allocate_slab(config: Config, layout: PageLayout, pool: DevicePool) -> Slab
     n_slots = capacity // layout.slot_nbytes
     if n_slots < 1:
         raise StartError(
-            f"sgl_lmcache: the host tier's capacity of {capacity:,} bytes holds no page of {layout.slot_nbytes:,} bytes; "
-            "give tiers[0].capacity more."
+            f"sgl_lmcache: tiers[0].capacity, {capacity:,} bytes, holds no page of {layout.slot_nbytes:,} bytes; "
+            "give it more."
         )
     slab = Slab(n_slots, layout.slot_nbytes)
     if not on_cpu:
@@ -140,9 +147,10 @@ def _copies(ctx: TreeCacheBuildContext, pool: DevicePool, layout: PageLayout, sl
     return cuda_copies(pool, layout, slab, forward_stream=ctx.tp_worker.model_runner.forward_stream)
 
 
-def _engine(n_slots: int, n_device_pages: int) -> Engine:
-    """Every page in the index is in HBM or in host memory, or holds one that is; the rest is for pages on their way."""
-    index = Index(n_slots + n_device_pages + max(1024, n_device_pages // 4), policies={HOST: "lru"})
+def _engine(config: Config, n_slots: int, n_device_pages: int) -> Engine:
+    """Every row of the index is a page in HBM or in host memory, or is kept by a lease or a child: a few more."""
+    capacity = n_slots + n_device_pages + max(1024, n_device_pages // 4)
+    index = Index(capacity, policies={HOST: config.eviction_of(config.host)})
     return Engine(index, n_slots, clock=time.monotonic)
 
 
@@ -177,3 +185,8 @@ def _log_start(layout: PageLayout, slab: Slab, pool: DevicePool) -> None:
         slab.slot_nbytes,
         pool.n_pages,
     )
+    if layout.page_nbytes < SMALL_PAGE_NBYTES:
+        logger.warning(
+            "sgl_lmcache: a page is only %d bytes; a larger --page-size would cost less for each byte kept",
+            layout.page_nbytes,
+        )

@@ -1,8 +1,8 @@
 """The linker: what SGLang's linker wrapper drives, carried out by the engine (which slots) and the copies (bytes).
 
-It stands in the place of SGLang's `UnifiedCacheLinker`, without being a subclass: that class's `offload` is not told the
-parent of the pages it gets, and without the parent a page has no place in a radix tree. Our wrapper calls `write_back`
-with it, and calls the rest as the original does.
+It stands in the place of SGLang's `UnifiedCacheLinker`, without being a subclass: that class's `offload` is not told
+the parent of the pages it gets, and without the parent a page has no place in a radix tree. Our wrapper calls
+`write_back` with it, and calls the rest as the original does.
 
 Order is part of the contract: SGLang pairs completions with its own list of pending nodes by position. So every call of
 `write_back` adds one entry, whether or not it copies anything, and entries are popped from the front only. Each reports

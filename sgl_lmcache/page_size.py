@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 PAGE_SIZES = (16, 32, 64)
 MIN_PAGE_NBYTES = 128 << 10
-SMALL_PAGE_NBYTES = 64 << 10
 
 _KV_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2, "bf16": torch.bfloat16}
 

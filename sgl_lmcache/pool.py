@@ -22,10 +22,8 @@ def describe_pool(pool: Any, page_size: int) -> tuple[DevicePool, PageLayout]:
     elif type(pool) is MLATokenToKVPool:
         device_pool, layout = _describe_mla(pool, page_size)
     else:
-        raise RefusedError(
-            f"this model keeps its KV in a {type(pool).__name__} (layout {getattr(pool, 'kv_cache_layout', 'unknown')}), "
-            "and only plain MHA, GQA and MLA pools are supported"
-        )
+        kind = f"{type(pool).__name__} (layout {getattr(pool, 'kv_cache_layout', 'unknown')})"
+        raise RefusedError(f"this model keeps its KV in a {kind}, and only plain MHA, GQA and MLA pools are supported")
     device_pool.check(layout)
     return device_pool, layout
 

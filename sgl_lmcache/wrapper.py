@@ -102,7 +102,7 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
     # ---- write-back ----
 
     def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
-        """A node has been inserted: hand its pages, or its whole path, to the linker, and lock it until they are out."""
+        """A node has been inserted: hand its pages, or its whole path, to the linker; lock it until they are out."""
         core = self.cache.tree_core
         (kv,) = transfers
         keys = to_blob(kv.keys)

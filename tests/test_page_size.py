@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sgl_lmcache.errors import RefusedError
-from sgl_lmcache.page_size import choose_page_size, check_page_size, kv_nbytes_per_token
+from sgl_lmcache.page_size import check_page_size, choose_page_size, kv_nbytes_per_token
 
 
 @pytest.mark.parametrize(

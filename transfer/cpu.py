@@ -22,9 +22,9 @@ from functools import partial
 
 import numpy as np
 
+from transfer import kernels
 from transfer.copies import Copy, DevicePool, Int32Array, Int64Array, LayerwiseCopy, checked_batch
 from transfer.errors import CopyError, LayoutError
-from transfer.kernels import copy_rows
 from transfer.layout import PageLayout
 from transfer.slab import Slab
 
@@ -116,10 +116,10 @@ class _Planes:
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
     def offload(self, pages: Int64Array, slots: Int64Array) -> None:
-        copy_rows(self.slab, self.slab_strides, slots, self.device, self.device_strides, pages, self.nbytes)
+        kernels.copy_rows(self.slab, self.slab_strides, slots, self.device, self.device_strides, pages, self.nbytes)
 
     def restore(self, pages: Int64Array, slots: Int64Array) -> None:
-        copy_rows(self.device, self.device_strides, pages, self.slab, self.slab_strides, slots, self.nbytes)
+        kernels.copy_rows(self.device, self.device_strides, pages, self.slab, self.slab_strides, slots, self.nbytes)
 
 
 def _layers_of(pool: DevicePool, layout: PageLayout, slab: Slab) -> list[_Planes]:

@@ -28,9 +28,9 @@ PIN_CHUNK_NBYTES = 1 << 30
 class Slab:
     """`n_slots` slots of `slot_nbytes` bytes, zeroed at the start.
 
-    Blocks while the kernel allocates (about 0.3 s a GiB). Raises `SlabError` when it has not enough memory. Under a
-    cgroup limit the kernel may kill the process instead: the caller compares `n_slots * slot_nbytes` with the memory
-    at hand first. No method but the constructor, `pin` and `close` blocks; reading views from any thread is safe.
+    Blocks while the kernel allocates (about half a second a GiB). Raises `SlabError` when there is not enough memory.
+    Under a cgroup limit the kernel may kill the process instead: the caller compares `n_slots * slot_nbytes` with the
+    memory at hand first. Only the constructor, `pin` and `close` block; views may be read from any thread.
     """
 
     def __init__(self, n_slots: int, slot_nbytes: int) -> None:
@@ -91,7 +91,7 @@ class Slab:
     def pin(self) -> None:
         """Registers the memory with CUDA, so that its copies are asynchronous and kernels may read it in place.
 
-        Only where CUDA is. Blocks (about 0.2 s a GiB). A second call does nothing. Raises `SlabError` when the
+        Only where CUDA is. Blocks. A second call does nothing. Raises `SlabError` when the
         driver refuses; nothing stays registered then.
         """
         if self._pinned:

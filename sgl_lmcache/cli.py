@@ -1,0 +1,132 @@
+"""The command `sgl-lmcache`. Exit codes: 0 all is well, 1 something was found or failed, 2 the command line is wrong.
+
+Each command imports what it needs when it runs, and none of them imports SGLang or torch into this process (`serve`
+becomes SGLang's): `--help`, `--version` and `config` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sgl_lmcache import __version__
+from sgl_lmcache.errors import StartError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `argv` None: the process's own."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["serve"]:
+        # Not argparse: what follows is SGLang's, to the letter, `--help` and `--` included.
+        from sgl_lmcache.serve import main as serve
+
+        return serve(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except StartError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sgl-lmcache", description="Keeps SGLang's KV cache alive below HBM.")
+    parser.add_argument("--version", action="version", version=f"sgl-lmcache {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    # Listed for --help only; `main` has taken it before.
+    commands.add_parser("serve", help="start SGLang's server with the cache; arguments go to SGLang as they are")
+
+    doctor = commands.add_parser("doctor", help="check this machine, and say what to do where something is wrong")
+    doctor.add_argument("--port", type=_port, default=None, help="the port that the server will use (default 30000)")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    config = commands.add_parser("config", help="print the effective configuration, and where each value comes from")
+    config.add_argument("--check", type=Path, metavar="FILE", help="only check this file instead of the one in use")
+    config.set_defaults(run=_config)
+    return parser
+
+
+def _port(text: str) -> int:
+    if not (text.isdecimal() and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to 65535")
+    return int(text)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from sgl_lmcache.doctor import DEFAULT_PORT, Level, examine, print_findings
+
+    findings = examine(os.environ, port=options.port or DEFAULT_PORT)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        print_findings(findings)
+    return int(any(finding.level is Level.FAIL for finding in findings))
+
+
+def _config(options: argparse.Namespace) -> int:
+    from sgl_lmcache.config import load, path_in
+
+    if options.check is not None:
+        load(options.check)
+        print(f"{options.check}: valid")
+        return 0
+    print("\n".join(_effective(path_in(os.environ))))
+    return 0
+
+
+def _effective(path: Path | None) -> Iterator[str]:
+    """The configuration as YAML that can be used as it stands, each value with a comment that says where it is from."""
+    from sgl_lmcache.config import VARIABLE, parse, read
+
+    tree: dict[str, Any] = {} if path is None else read(path)
+    config = parse(tree, source=str(path))
+    prefetch: dict[str, Any] = tree.get("prefetch", {})
+    yield f"# {VARIABLE}={path}" if path else f"# {VARIABLE} is not set"
+    yield _line("namespace", _quote(config.namespace), given="namespace" in tree)
+    yield _line("eviction", config.eviction, given="eviction" in tree)
+    yield "tiers:"
+    for position, tier in enumerate(config.tiers):
+        given: dict[str, Any] = tree["tiers"][position] if "tiers" in tree else {}
+        yield _line("  - type", "host", given="type" in given)
+        if tier.capacity is None:
+            yield f"    # capacity: {_capacity_from_free_memory()}"
+        else:
+            yield _line("    capacity", tier.capacity, given=True)
+        own = given.get("eviction") is not None
+        yield _line("    eviction", config.eviction_of(tier), given=own, otherwise="as for every tier")
+    yield "prefetch:"
+    yield _line("  policy", config.prefetch.policy, given="policy" in prefetch)
+    yield _line("  timeout", config.prefetch.timeout, given="timeout" in prefetch)
+
+
+def _line(key: str, value: object, *, given: bool, otherwise: str = "default") -> str:
+    return f"{f'{key}: {value}':<40}  # {'from the file' if given else otherwise}"
+
+
+def _quote(text: str) -> str:
+    """`text` as YAML on one line, whatever is in it."""
+    import yaml
+
+    quoted: str = yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf"))
+    return quoted.strip()
+
+
+def _capacity_from_free_memory() -> str:
+    from sgl_lmcache.config import Config
+    from sgl_lmcache.memory import format_nbytes, host_capacity
+
+    try:
+        nbytes = host_capacity(Config(), n_local_ranks=1)
+    except StartError as error:
+        return f"sized from free memory at the start, but: {error}"
+    return (
+        f"sized from free memory at the start, now {format_nbytes(nbytes)} (less where the KV pool is in host memory)"
+    )

@@ -1,0 +1,312 @@
+"""The configuration: one YAML file, named by the environment variable `SGL_LMCACHE_CONFIG`.
+
+docs/configuration.md describes the keys. Everything has a default, so no file is needed. What a file does say is taken
+strictly: an unknown key is an error, never ignored, because a misspelt `capcity` would silently run with another size.
+Each error is one sentence that names the file, the key as a path (`tiers[0].capacity`), what is wrong and what would be
+right, because it is read by somebody whose server has just refused to start.
+
+Reading takes three steps, and each can fail only in its own way: YAML to a tree of plain values (`read`), the tree
+against the names that the structs know (`_check_names`, which guesses what was meant), the tree to frozen structs
+(msgspec; `_decode` reads sizes and durations). The structs are the only description of the keys: a new key is a new
+field, a new tier a new struct.
+
+This module imports neither SGLang nor torch: the command line reads configurations with it and has to start at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Collection, Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+import yaml
+from msgspec import inspect
+
+from sgl_lmcache.errors import StartError
+
+VARIABLE = "SGL_LMCACHE_CONFIG"
+"""The environment variable that names the file. Unset or empty: every key has its default."""
+
+Eviction = Literal["lru"]
+EVICTIONS: tuple[str, ...] = get_args(Eviction)
+"""The eviction policies that may be named. A test holds them equal to the registry of `radix`, which takes too long to
+import from here."""
+
+PrefetchPolicy = Literal["auto", "wait", "best_effort"]
+
+LATER_TIERS = ("ssd", "valkey", "mooncake")
+"""Tiers that later versions have; named so that asking for one is answered plainly."""
+
+_BINARY_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+_SIZE_UNITS = {**_BINARY_UNITS, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
+_DURATION_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_MAX_DURATION_S = 10_000 * 86400.0
+
+
+class ConfigError(StartError):
+    """The configuration cannot be used. The message is one sentence for the person who wrote it."""
+
+
+class Nbytes(int):
+    """A size in bytes, at least 1. In YAML: a whole number of bytes, or a number with a unit (`1.5GiB`, `2GB`).
+
+    `str` gives it as YAML that means exactly the same."""
+
+    def __str__(self) -> str:
+        for unit, factor in _BINARY_UNITS.items():
+            if self % factor == 0:
+                return f"{self // factor}{unit}"
+        return f"{int(self)}B"
+
+
+class Seconds(float):
+    """A finite duration in seconds, above 0. In YAML: a number of seconds, or a number with a unit (`500ms`, `2m`).
+
+    `str` gives it as YAML that means exactly the same."""
+
+    def __str__(self) -> str:
+        return f"{Decimal(repr(float(self))).normalize():f}s"
+
+
+class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="host"):
+    """Host memory. `capacity` is for one server on this node and is divided over its local ranks; None: sized from free
+    memory. `eviction` None: the policy of the whole configuration."""
+
+    capacity: Nbytes | None = None
+    eviction: Eviction | None = None
+
+
+class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long a waiting request lets its pages be fetched. `timeout` bounds the wait of every policy."""
+
+    policy: PrefetchPolicy = "auto"
+    timeout: Seconds = Seconds(5.0)
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole configuration. `tiers` are ordered fastest first, and the first is the host tier."""
+
+    namespace: str = "default"
+    tiers: tuple[HostTier, ...] = (HostTier(),)
+    eviction: Eviction = "lru"
+    prefetch: Prefetch = Prefetch()
+
+    @property
+    def host(self) -> HostTier:
+        return self.tiers[0]
+
+    def eviction_of(self, tier: HostTier) -> Eviction:
+        """The tier's own policy, or else the one for every tier."""
+        return tier.eviction or self.eviction
+
+
+def from_environment(env: Mapping[str, str] = os.environ) -> Config:
+    """The configuration of the file that `SGL_LMCACHE_CONFIG` names, or the defaults. Raises `ConfigError`."""
+    return load(path_in(env))
+
+
+def path_in(env: Mapping[str, str]) -> Path | None:
+    """The file that the environment names, if any. It need not exist."""
+    name = env.get(VARIABLE)
+    return Path(name) if name else None
+
+
+def load(path: Path | None) -> Config:
+    """The configuration in a file; None: the defaults. Raises `ConfigError`."""
+    return Config() if path is None else parse(read(path), source=str(path))
+
+
+def read(path: Path) -> Any:
+    """The plain values in a YAML file; an empty file is an empty mapping. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: the file cannot be read ({error.strerror}); {VARIABLE} has to name a readable YAML file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the file is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    try:
+        tree = yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that Python does not have
+        raise ConfigError(f"{path}: {_describe_yaml_error(error)}.") from error
+    return {} if tree is None else tree
+
+
+def parse(tree: Any, *, source: str) -> Config:
+    """The configuration that plain values describe. `source` begins each message. Raises `ConfigError`."""
+    try:
+        _check_names(tree, inspect.type_info(Config), "")
+        config = _convert(tree)
+        _check_tiers(config)
+    except _KeyedError as error:
+        raise ConfigError(f"{source}: {error}.") from error
+    return config
+
+
+class _KeyedError(Exception):
+    """One thing wrong at one key; `parse` turns it into a `ConfigError` that names the file as well."""
+
+    def __init__(self, key: str, what: str) -> None:
+        super().__init__(f"{key} {what}" if key else f"the file {what}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Reads what `yaml.safe_load` reads, but refuses a key that stands twice, of which that one loses the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} stands here and in line {lines[key]}", key_node.start_mark
+                )
+            lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def _describe_yaml_error(error: yaml.YAMLError | ValueError) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: "
+        return f"{where}this is not valid YAML ({error.problem}); correct it there or just above"
+    return f"this is not valid YAML ({' '.join(str(error).split())}); correct or quote it"
+
+
+def _check_names(value: Any, expected: inspect.Type, key: str) -> None:
+    """Raise for the first key or word that `expected` does not know. Values of another shape are left to `_convert`."""
+    if isinstance(expected, inspect.StructType) and isinstance(value, dict):
+        if expected.tag_field is not None:
+            _check_tier_type(value, expected.tag_field, key)
+        fields = {field.encode_name: field.type for field in expected.fields}
+        for name, item in value.items():
+            if name != expected.tag_field:
+                if name not in fields:
+                    known = (*fields, expected.tag_field) if expected.tag_field else tuple(fields)
+                    raise _KeyedError(_join(key, name), f"is not a known key; {_advise(name, known)}")
+                _check_names(item, fields[name], _join(key, name))
+    elif isinstance(expected, inspect.VarTupleType) and isinstance(value, list):
+        for position, item in enumerate(value):
+            _check_names(item, expected.item_type, f"{key}[{position}]")
+    elif isinstance(expected, inspect.UnionType) and value is not None:
+        for member in expected.types:
+            _check_names(value, member, key)
+    elif isinstance(expected, inspect.LiteralType) and value not in expected.values:
+        known_words = tuple(str(word) for word in expected.values)
+        raise _KeyedError(key, f"is {_quote(value)}, which is not a choice; {_advise(value, known_words)}")
+
+
+def _check_tier_type(tier: Mapping[Any, Any], tag_field: str, key: str) -> None:
+    available = "available: host"
+    if tag_field not in tier:
+        raise _KeyedError(key, f"does not say which tier it is; give it a {tag_field} ({available})")
+    named = tier[tag_field]
+    if named in LATER_TIERS:
+        raise _KeyedError(_join(key, tag_field), f"is {named}, which is not available in this version; {available}")
+    if named != "host":
+        raise _KeyedError(_join(key, tag_field), f"is {_quote(named)}, which is not a tier; {available}")
+
+
+def _convert(tree: Any) -> Config:
+    try:
+        return msgspec.convert(tree, Config, dec_hook=_decode)
+    except msgspec.ValidationError as error:
+        matched = _MSGSPEC_ERROR.fullmatch(str(error))
+        assert matched is not None
+        what, key = matched.groups(default="")
+        mismatch = re.fullmatch(r"Expected `(\w+).*`, got `(\w+)`", what)
+        if mismatch is not None:
+            wanted, got = (_SHAPES.get(word, word) for word in mismatch.groups())
+            quotable = wanted == "text" and got not in ("a list", "a mapping", "nothing")
+            what = f"is {got} where {wanted} is expected{'; put it in quotes' if quotable else ''}"
+        raise _KeyedError(key, what) from error
+
+
+_MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `\$\.?([^`]*)`)?", re.DOTALL)
+"""What is wrong, and the key at which it is, if that is not the whole file."""
+
+_SHAPES = {
+    "object": "a mapping",
+    "array": "a list",
+    "str": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "null": "nothing",
+}
+"""msgspec's names of shapes in the words of somebody who writes YAML."""
+
+
+def _check_tiers(config: Config) -> None:
+    if not config.tiers:
+        raise _KeyedError("tiers", "is empty; the first tier has to be the host tier, `- {type: host}`")
+    if len(config.tiers) > 1:
+        raise _KeyedError("tiers[1]", "is a second host tier; add its capacity to tiers[0] and remove it")
+    if not config.namespace:
+        raise _KeyedError("namespace", "is empty; give it a name or leave the key out")
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is Nbytes:
+        return _decode_nbytes(value)
+    assert kind is Seconds, kind
+    return _decode_seconds(value)
+
+
+def _decode_nbytes(value: Any) -> Nbytes:
+    example = "write a whole number of bytes or a size such as 8GiB, 512MiB or 1.5GiB"
+    if isinstance(value, str):
+        number, unit = _split_quantity(value, _SIZE_UNITS, example)
+        value = int(Decimal(number) * _SIZE_UNITS[unit])
+    elif isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"is {_quote(value)}, which is not a size; {example}")
+    if value < 1:
+        raise ValueError("is not above 0; leave the key out to have the size chosen, or write one such as 8GiB")
+    return Nbytes(value)
+
+
+def _decode_seconds(value: Any) -> Seconds:
+    example = "write a number of seconds or a duration such as 500ms, 5s, 2m or 7d"
+    if isinstance(value, str):
+        number, unit = _split_quantity(value, _DURATION_UNITS, example)
+        value = float(number) * _DURATION_UNITS[unit]
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"is {_quote(value)}, which is not a duration; {example}")
+    if not (0 < value < _MAX_DURATION_S):
+        raise ValueError(f"is {value}, which is not above 0 and below 10,000 days; {example}")
+    return Seconds(value)
+
+
+def _split_quantity(text: str, units: Collection[str], example: str) -> tuple[str, str]:
+    """The number and its unit. Raises `ValueError` that proposes the unit that was meant, or else the example."""
+    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)", text.strip())
+    if matched is None:
+        raise ValueError(f"is {_quote(text)}, which cannot be read; {example}")
+    number, unit = matched.groups()
+    if unit not in units:
+        near = [name for name in units if name.lower() == unit.lower()]
+        near += [name for name in units if name.lower().startswith(unit.lower())]
+        raise ValueError(f"is {_quote(text)}; " + (f"did you mean {number}{near[0]}? ({example})" if near else example))
+    return number, unit
+
+
+def _join(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _quote(value: object) -> str:
+    return "empty" if value is None else f'"{value}"'
+
+
+def _advise(name: object, known: Collection[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), known, n=1)
+    possible = f"possible: {', '.join(known)}"
+    return f"did you mean {nearest[0]}? ({possible})" if nearest else possible

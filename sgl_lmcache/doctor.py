@@ -1,0 +1,284 @@
+"""`sgl-lmcache doctor`: would a server start here with our cache, and if not, what has to be done?
+
+Each check is a pure function from a reading to one `Finding`, so that every answer can be tested without the machine
+that gives it. `examine` takes the readings of this machine and asks all checks. A finding that is not `ok` carries
+advice: a command or a change, not an explanation. Only `fail` means that a server would not start.
+
+Nothing here imports SGLang or torch: a broken installation is what this has to report.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import resource
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import sgl_lmcache
+from sgl_lmcache import BACKEND, SGLANG_VERSION
+from sgl_lmcache.config import VARIABLE, Config, ConfigError, from_environment
+from sgl_lmcache.cpu import has_gpu
+from sgl_lmcache.memory import Memory, format_nbytes, host_capacity, read_memory
+
+ENTRY_POINT_GROUP = "sglang.srt.plugins"
+ROOMS = ("radix", "hicache", "transfer")
+DEFAULT_PORT = 30000
+
+_SMALL_TIER_NBYTES = 2**30
+_TIGHT_SHARE = 0.9
+_UNLIMITED = resource.RLIM_INFINITY
+_TOOL_PACKAGES = "apt-get install g++ libssl-dev"
+_PROGRAM = (
+    "#include <openssl/sha.h>\nint main() { unsigned char digest[32]; return SHA256(nullptr, 0, digest) == 0; }\n"
+)
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer of one check. `advice` is empty only where the level is `ok`."""
+
+    check: str
+    level: Level
+    what: str
+    advice: str = ""
+
+
+def examine(env: Mapping[str, str], *, port: int = DEFAULT_PORT) -> list[Finding]:
+    """Read this machine and answer every check, in the order in which they should be repaired. Takes about a second."""
+    gpu = has_gpu()
+    compiler = _compiler(env)
+    configuration = _read_configuration(env)
+    return [
+        check_sglang(_installed_version("sglang")),
+        check_plugin(_plugin_names(), env.get("SGLANG_PLUGINS", "")),
+        check_rooms(_room_origins(), Path(sgl_lmcache.__file__).parent.parent),
+        check_gpu(gpu),
+        check_configuration(configuration, env.get(VARIABLE, "")),
+        check_memory(read_memory(), configuration if isinstance(configuration, Config) else Config(), gpu=gpu),
+        check_compiler(compiler, links_openssl=_links_openssl(compiler)),
+        check_ninja(shutil.which("ninja"), Path(sys.executable).parent),
+        check_python_headers(Path(sysconfig.get_path("include"))),
+        check_memfd(supported=_memfd_works()),
+        check_memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], gpu=gpu),
+        check_port(port, free=_port_is_free(port)),
+    ]
+
+
+def check_sglang(installed: str | None) -> Finding:
+    check = "SGLang"
+    advice = f"pip install sglang=={SGLANG_VERSION}"
+    if installed is None:
+        return Finding(check, Level.FAIL, "not installed in this Python", advice)
+    if installed != SGLANG_VERSION:
+        what = f"{installed} is installed, and this version works with {SGLANG_VERSION} only: it hooks into internals"
+        return Finding(check, Level.FAIL, what, advice)
+    return Finding(check, Level.OK, installed)
+
+
+def check_plugin(names: Collection[str], allowed: str) -> Finding:
+    """`names`: the entry points that SGLang sees. `allowed`: the value of SGLANG_PLUGINS; empty allows all."""
+    check = "plug-in"
+    if BACKEND not in names:
+        advice = "install sgl-lmcache into the Python that runs SGLang: pip install ."
+        return Finding(check, Level.FAIL, f"no entry point {BACKEND} in the group {ENTRY_POINT_GROUP}", advice)
+    listed = [name.strip() for name in allowed.split(",") if name.strip()]
+    if listed and BACKEND not in listed:
+        advice = f"export SGLANG_PLUGINS={','.join([*listed, BACKEND])}"
+        return Finding(check, Level.FAIL, f"SGLANG_PLUGINS={allowed} keeps SGLang from loading it", advice)
+    return Finding(check, Level.OK, "SGLang will load it")
+
+
+def check_rooms(origins: Mapping[str, Path | None], home: Path) -> Finding:
+    """`origins`: the file that each top-level package would be imported from; None if there is none."""
+    check = "packages"
+    for name, origin in origins.items():
+        if origin is None:
+            return Finding(
+                check, Level.FAIL, f"the package {name} is missing", "install sgl-lmcache again: pip install ."
+            )
+        if home.resolve() not in origin.resolve().parents:
+            advice = f"remove it from the path, or run where it is not: it hides the {name} of sgl-lmcache"
+            return Finding(check, Level.FAIL, f"{name} would be imported from {origin}", advice)
+    return Finding(check, Level.OK, f"{', '.join(origins)} come from {home}")
+
+
+def check_gpu(gpu: bool) -> Finding:
+    check = "GPU"
+    if gpu:
+        return Finding(check, Level.OK, "an NVIDIA driver is there")
+    what = "no NVIDIA driver: `sgl-lmcache serve` will use CPU mode, which is right but slow"
+    return Finding(
+        check, Level.WARN, what, "fine for trying it out; for real use take a machine with a GPU and its driver"
+    )
+
+
+def check_configuration(configuration: Config | ConfigError, path: str) -> Finding:
+    check = "configuration"
+    if isinstance(configuration, ConfigError):
+        return Finding(check, Level.FAIL, str(configuration), "docs/configuration.md describes every key")
+    return Finding(check, Level.OK, path or f"defaults ({VARIABLE} is not set)")
+
+
+def check_memory(memory: Memory, config: Config, *, gpu: bool) -> Finding:
+    """What the host tier of one server would get now. Without a GPU the KV pool comes off as well, and its size is
+    known only when the server starts."""
+    check = "memory"
+    try:
+        capacity_nbytes = host_capacity(config, n_local_ranks=1, memory=memory)
+    except ConfigError as error:
+        return Finding(check, Level.FAIL, str(error), "free memory, raise the container's limit, or configure less")
+    pool = "" if gpu else ", less what the KV pool takes"
+    what = (
+        f"{format_nbytes(memory.available_nbytes)} free by {memory.limited_by}; the host tier gets "
+        f"{format_nbytes(capacity_nbytes)}{pool if config.host.capacity is None else ''}"
+    )
+    if capacity_nbytes > memory.available_nbytes * _TIGHT_SHARE:
+        advice = "leave a tenth for the server itself: lower tiers[0].capacity"
+        return Finding(check, Level.WARN, what, advice)
+    if capacity_nbytes < _SMALL_TIER_NBYTES:
+        return Finding(check, Level.WARN, what, "this holds few prompts: free memory or set tiers[0].capacity")
+    return Finding(check, Level.OK, what)
+
+
+def check_compiler(compiler: Sequence[str], *, links_openssl: bool) -> Finding:
+    """`compiler`: its command line; empty if there is none. SGLang compiles the extension that hashes pages
+    (`hicache_hash_cpp`) when it is first used."""
+    check = "C++ compiler"
+    name = " ".join(compiler)
+    if not compiler:
+        return Finding(check, Level.FAIL, "none found, and SGLang's page-hash extension needs one", _TOOL_PACKAGES)
+    if not links_openssl:
+        what = f"{name} cannot build a program with OpenSSL, as SGLang's page-hash extension does"
+        return Finding(check, Level.FAIL, what, _TOOL_PACKAGES)
+    return Finding(check, Level.OK, f"{name}, with OpenSSL")
+
+
+def check_ninja(found: str | None, scripts: Path) -> Finding:
+    """PyTorch builds extensions with `ninja` and looks for it on PATH only."""
+    if found is None:
+        advice = f"activate the environment: source {scripts / 'activate'}"
+        return Finding("ninja", Level.FAIL, "not on PATH, and SGLang's extensions are built with it", advice)
+    return Finding("ninja", Level.OK, found)
+
+
+def check_python_headers(include: Path) -> Finding:
+    check = "Python headers"
+    if not (include / "Python.h").is_file():
+        advice = f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        return Finding(check, Level.FAIL, f"{include / 'Python.h'} is missing", advice)
+    return Finding(check, Level.OK, str(include))
+
+
+def check_memfd(*, supported: bool) -> Finding:
+    if not supported:
+        advice = "use Linux 3.17 or newer, and a container profile that allows memfd_create"
+        return Finding("memfd", Level.FAIL, "the kernel refuses memfd_create, which host memory is taken with", advice)
+    return Finding("memfd", Level.OK, "supported")
+
+
+def check_memlock(limit_nbytes: int, *, gpu: bool) -> Finding:
+    """Host memory is registered with CUDA, so that copies need no bounce buffer; that locks it."""
+    check = "locked memory"
+    if not gpu:
+        return Finding(check, Level.OK, "not needed without a GPU")
+    if limit_nbytes != _UNLIMITED:
+        what = f"limited to {format_nbytes(limit_nbytes)}, so registering the host tier with the GPU may be refused"
+        return Finding(check, Level.WARN, what, "ulimit -l unlimited (docker run --ulimit memlock=-1)")
+    return Finding(check, Level.OK, "unlimited")
+
+
+def check_port(port: int, *, free: bool) -> Finding:
+    if not free:
+        advice = f"stop what listens there, or choose another: --port {port + 1}"
+        return Finding("port", Level.FAIL, f"{port} is taken", advice)
+    return Finding("port", Level.OK, f"{port} is free")
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    """A table, then one line of advice for each finding that has some."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    styles = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
+    table = Table("", "check", "finding")
+    for finding in findings:
+        table.add_row(Text(finding.level, styles[finding.level]), Text(finding.check), Text(finding.what))
+    console = Console()
+    console.print(table)
+    for finding in findings:
+        if finding.advice:
+            label = Text(f"{finding.level} {finding.check}: ", styles[finding.level])
+            console.print(label + Text(finding.advice), soft_wrap=True)
+
+
+def _read_configuration(env: Mapping[str, str]) -> Config | ConfigError:
+    try:
+        return from_environment(env)
+    except ConfigError as error:
+        return error
+
+
+def _installed_version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plugin_names() -> set[str]:
+    return {entry_point.name for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _room_origins() -> dict[str, Path | None]:
+    specs = {name: importlib.util.find_spec(name) for name in ROOMS}
+    return {name: Path(spec.origin) if spec and spec.origin else None for name, spec in specs.items()}
+
+
+def _compiler(env: Mapping[str, str]) -> list[str]:
+    """The command line with which PyTorch would call the compiler; empty if there is no such program."""
+    command = shlex.split(env.get("CXX") or "c++")
+    return command if shutil.which(command[0]) else []
+
+
+def _links_openssl(compiler: Sequence[str]) -> bool:
+    if not compiler:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, "-x", "c++", "-", "-lcrypto", "-o", f"{folder}/program"]
+        return subprocess.run(command, input=_PROGRAM, text=True, capture_output=True, check=False).returncode == 0
+
+
+def _memfd_works() -> bool:
+    try:
+        os.close(os.memfd_create("sgl-lmcache-doctor"))
+    except OSError:
+        return False
+    return True
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
