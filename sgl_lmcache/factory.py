@@ -67,6 +67,7 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     linker = Linker(
         engine,
         copies,
+        slab,
         page_size=layout.page_size,
         num_layers=layout.n_layers,
         max_pending_nbytes=int(device_pool.n_pages * layout.page_nbytes * MAX_PENDING_SHARE),

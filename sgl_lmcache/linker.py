@@ -30,6 +30,7 @@ from hicache import Engine, Offload, Restore
 from sgl_lmcache.keys import to_blob
 from transfer.copies import Copies, Copy, LayerwiseCopy
 from transfer.errors import CopyError
+from transfer.slab import Slab
 
 logger = logging.getLogger(__name__)
 
@@ -105,15 +106,16 @@ class LayerCounter:
 class Linker:
     """See the module's text.
 
-    page_size: tokens a page. max_pending_nbytes: write-backs are skipped, not queued, while more bytes than this wait
+    slab: the host memory that `copies` fills; the linker frees it at the end. page_size: tokens a page. max_pending_nbytes: write-backs are skipped, not queued, while more bytes than this wait
     to be copied, because their HBM pages stay locked until the copy is done.
     """
 
     def __init__(
-        self, engine: Engine, copies: Copies, *, page_size: int, num_layers: int, max_pending_nbytes: int
+        self, engine: Engine, copies: Copies, slab: Slab, *, page_size: int, num_layers: int, max_pending_nbytes: int
     ) -> None:
         self.engine = engine
         self.copies = copies
+        self._slab = slab
         self.layer_done_counter = LayerCounter(num_layers)
         # SGLang asks only which pools are here.
         self.pools = {PoolName.KV: None}
@@ -229,6 +231,7 @@ class Linker:
         """Stop the copies and free host memory. Blocks for the copies in flight."""
         self.reset()
         self.copies.close()
+        self._slab.close()
 
     def _pages(self, device_indices: torch.Tensor) -> Pages:
         """Token rows of whole pages -> device page numbers. On a GPU this waits for the (short) schedule stream."""

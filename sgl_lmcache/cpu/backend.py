@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TypedDict, Unpack
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from sgl_lmcache.cpu.attention import attend
+
+logger = logging.getLogger(__name__)
 
 
 class Mode(TypedDict, total=False):
@@ -20,7 +23,7 @@ class Mode(TypedDict, total=False):
     sliding_window_size: int | None
 
 
-class NewRowBackend(TorchNativeAttnBackend):  # type: ignore[misc]
+class NewRowBackend(TorchNativeAttnBackend):
     """Computes new rows only. Used by the scheduler thread, one forward pass at a time.
 
     Whatever is not plain causal self-attention (sliding windows, encoders, cross-attention) is left to the stock
@@ -31,6 +34,7 @@ class NewRowBackend(TorchNativeAttnBackend):  # type: ignore[misc]
         super().__init__(model_runner)
         self._keys = KeptRows()
         self._values = KeptRows()
+        logger.info("CPU mode: attention computes new rows only")
 
     def _run_sdpa_forward_extend(
         self,

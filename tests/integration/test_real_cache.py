@@ -152,7 +152,9 @@ def test_500_random_branching_requests(tree_core: str, seed: int) -> None:
     waiting = []
     for number in range(500):
         base = rng.choice(prompts[-40:])
-        prompt = base[: rng.randrange(len(base) // 2, len(base) + 1)] + tokens(rng.randrange(10**6), rng.randrange(1, 6 * PAGE))
+        prompt = base[: rng.randrange(len(base) // 2, len(base) + 1)] + tokens(
+            rng.randrange(10**6), rng.randrange(1, 6 * PAGE)
+        )
         prompts.append(prompt[: 24 * PAGE])
         req = request(f"{seed}/{number}", prompts[-1])
         real.arrive(req)

@@ -102,7 +102,7 @@ class RealCache:
         self.engine = Engine(Index(2 * (n_device_pages + n_slots) + 64), n_slots, clock=time.monotonic)
         self.copies = CpuCopies(device_pool, layout, self.slab)
         self.linker = Linker(
-            self.engine, self.copies, page_size=page_size, num_layers=N_LAYERS, max_pending_nbytes=1 << 40
+            self.engine, self.copies, self.slab, page_size=page_size, num_layers=N_LAYERS, max_pending_nbytes=1 << 40
         )
         self.cache = TieredRadixCache(params)
         self.cache.attach(self.linker, ticket_timeout_s=60.0)
@@ -186,7 +186,9 @@ class RealCache:
 
     def page_keys(self, tokens: Sequence[int]) -> bytes:
         """SGLang's keys of the whole pages of a prompt."""
-        return to_blob(get_storage_hash_str(array("q", tokens), page_size=self.page_size)[: len(tokens) // self.page_size])
+        return to_blob(
+            get_storage_hash_str(array("q", tokens), page_size=self.page_size)[: len(tokens) // self.page_size]
+        )
 
     def kv_of(self, tokens: Sequence[int], start: int) -> np.ndarray:
         """float32[len - start]: what a forward computes for tokens[start:], a function of each whole prefix."""
@@ -227,7 +229,6 @@ class RealCache:
         self.cache.release_host_resources()
         assert self.engine.host.n_free == self.engine.host.n_slots
         assert self.engine.index.count(HOST, State.RESIDENT) == 0
-        self.slab.close()
 
 
 def request(rid: str, tokens: Sequence[int], **kwargs: str) -> Request:
