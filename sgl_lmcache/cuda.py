@@ -2,7 +2,7 @@
 
 A slab whose slots are exactly pages is that layout with one head group, so the kernels read and write it in place.
 Everything else (padded slots, HND pools, K and V of different sizes, rows that are no multiple of 16 bytes) goes
-through `StridedOps`. The kernels are compiled at their first use, with nvcc; where that fails, so does the server's start.
+through `StridedOps`. The kernels are compiled at their first use, with nvcc.
 
 This has not been run on a GPU yet.
 """

@@ -7,11 +7,13 @@ change. What this returns cannot fail a request later.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
 from sglang.srt.mem_cache.cpp_utils.native_hash import get_native_hash
@@ -112,6 +114,8 @@ def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
 
 def _compile_hash_extension() -> None:
     """Compile and load SGLang's page-hash extension now, not in the middle of the first request."""
+    # PyTorch runs `ninja`, which lies beside the interpreter of an environment that nobody has activated.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     try:
         get_native_hash([1], None, 1)
     except RuntimeError as error:

@@ -106,8 +106,9 @@ class LayerCounter:
 class Linker:
     """See the module's text.
 
-    slab: the host memory that `copies` fills; the linker frees it at the end. page_size: tokens a page. max_pending_nbytes: write-backs are skipped, not queued, while more bytes than this wait
-    to be copied, because their HBM pages stay locked until the copy is done.
+    slab: the host memory that `copies` fills; the linker frees it at the end. page_size: tokens a page.
+    max_pending_nbytes: write-backs are skipped, not queued, while more bytes than this wait to be copied, because their
+    HBM pages stay locked until the copy is done.
     """
 
     def __init__(

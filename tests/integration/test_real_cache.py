@@ -1,4 +1,4 @@
-"""Our cache over SGLang's real tree, allocator and pool: random branching requests, bytes and books checked throughout."""
+"""Our cache over SGLang's real tree, allocator and pool: bytes and books are checked throughout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from radix import HBM, HOST, State
+from radix import HBM, State
 from tests.support.real_cache import RealCache, request
 from tests.support.tiers import split
 
@@ -45,7 +45,8 @@ def run(real: RealCache, rid: str, prompt: list[int], **kwargs: str) -> tuple[in
 def tree_keys(real: RealCache) -> set[bytes]:
     """All page keys in SGLang's tree, read from its nodes."""
     core = real.cache.tree_core
-    stack, keys = [core.root_node], set()
+    keys: set[bytes] = set()
+    stack = [core.root_node]
     while stack:
         node = stack.pop()
         stack.extend(node.children.values())

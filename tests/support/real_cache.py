@@ -145,6 +145,7 @@ class RealCache:
             )
             assert host_hit in (0, request.host_hit_length)
             if host_hit:
+                assert self.cache.linker is not None
                 loaded = self.cache.linker.private_load_indices[request.rid]
         n_new = (len(request.tokens) - device_hit - host_hit) // self.page_size * self.page_size
         fresh = self._allocate(n_new)
@@ -231,5 +232,6 @@ class RealCache:
         assert self.engine.index.count(HOST, State.RESIDENT) == 0
 
 
-def request(rid: str, tokens: Sequence[int], **kwargs: str) -> Request:
-    return Request(rid, list(tokens), **kwargs)
+def request(rid: str, tokens: Sequence[int], *, cache_salt: str | None = None, extra_key: str | None = None) -> Request:
+    """A request that has not arrived yet."""
+    return Request(rid, list(tokens), cache_salt, extra_key)

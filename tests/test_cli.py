@@ -1,0 +1,181 @@
+"""The command line, called as a function; that it starts without SGLang is asked of a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sgl_lmcache import __version__, cli, doctor, serve
+from sgl_lmcache.config import VARIABLE, load, parse
+from sgl_lmcache.doctor import Finding, Level
+
+
+@pytest.fixture(autouse=True)
+def _no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What `serve` is called with; it returns 3 here."""
+    calls: list[list[str]] = []
+
+    def main(argv: Sequence[str]) -> int:
+        calls.append(list(argv))
+        return 3
+
+    monkeypatch.setattr(serve, "main", main)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--model-path", "m", "--", "-x"], ["--version"], ["doctor", "--json"], ["--port=1"]]
+)
+def test_serve_gets_its_arguments_to_the_letter(served: list[list[str]], arguments: list[str]) -> None:
+    assert cli.main(["serve", *arguments]) == 3
+    assert served == [arguments]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"sgl-lmcache {__version__}\n"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--help"])
+    assert left.value.code == 0
+    output = capsys.readouterr().out
+    assert all(command in output for command in ("serve", "doctor", "config"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["reload"],
+        ["doctor", "--port", "x"],
+        ["doctor", "--port", "0"],
+        ["doctor", "--port", "65536"],
+        ["config", "--check"],
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    assert left.value.code == 2
+    assert "usage: sgl-lmcache" in capsys.readouterr().err
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "tiers.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_valid_file_is_called_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "eviction: lru")
+    assert cli.main(["config", "--check", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: valid\n"
+
+
+def test_a_wrong_file_exits_with_1_and_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "evictoin: lru")
+    assert cli.main(["config", "--check", str(path)]) == 1
+    checked = capsys.readouterr()
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert cli.main(["config"]) == 1
+    printed = capsys.readouterr()
+    assert checked.out == printed.out == ""
+    assert checked.err == printed.err
+    assert checked.err.count("\n") == 1
+    assert "did you mean eviction?" in checked.err
+
+
+def test_the_defaults_are_marked_as_such(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(f"# {VARIABLE} is not set\n")
+    assert "from the file" not in output
+    assert "sized from free memory" in output
+    assert yaml.safe_load(output)["prefetch"] == {"policy": "auto", "timeout": "5s"}
+
+
+def test_each_value_says_where_it_is_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "tiers: [{type: host, capacity: 1GiB}]\nprefetch: {timeout: 2s}")
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert cli.main(["config"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"# {VARIABLE}={path}"
+    origins = {key.strip(" -"): note.strip() for key, _, note in (line.partition("#") for line in lines[1:]) if note}
+    assert origins == {
+        'namespace: "default"': "default",
+        "eviction: lru": "as for every tier",
+        "type: host": "from the file",
+        "capacity: 1GiB": "from the file",
+        "policy: auto": "default",
+        "timeout: 2s": "from the file",
+    }
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"namespace": 'quotes " and # and: more\nin two lines ü'},
+        {"tiers": [{"type": "host", "capacity": 4097, "eviction": "lru"}], "prefetch": {"timeout": 0.125}},
+    ],
+)
+def test_what_is_printed_means_the_same_as_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tree: dict[str, Any]
+) -> None:
+    path = write(tmp_path, yaml.safe_dump(tree))
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert cli.main(["config"]) == 0
+    printed = parse(yaml.safe_load(capsys.readouterr().out), source="printed")
+    original = load(path)
+    assert (printed.namespace, printed.prefetch) == (original.namespace, original.prefetch)
+    assert printed.host.capacity == original.host.capacity
+    assert printed.eviction_of(printed.host) == original.eviction_of(original.host)
+
+
+@pytest.mark.parametrize(("level", "code"), [(Level.OK, 0), (Level.WARN, 0), (Level.FAIL, 1)])
+def test_the_doctor_exits_with_1_only_for_a_failure(
+    level: Level, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports: list[int] = []
+
+    def examine(env: object, *, port: int) -> list[Finding]:
+        ports.append(port)
+        return [Finding("port", level, "what", "advice")]
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert cli.main(["doctor", "--json", "--port", "8000"]) == code
+    assert json.loads(capsys.readouterr().out) == [
+        {"check": "port", "level": level, "what": "what", "advice": "advice"}
+    ]
+    assert cli.main(["doctor"]) == code
+    assert f"{level} port: advice" in capsys.readouterr().out
+    assert ports == [8000, doctor.DEFAULT_PORT]
+
+
+@pytest.mark.parametrize("command", ["['config']", "['doctor', '--json']"])
+def test_no_command_loads_sglang_or_torch(command: str) -> None:
+    program = (
+        "import sys; from sgl_lmcache.cli import main; "
+        f"main({command}); print({{'torch', 'sglang', 'numba'}} & set(sys.modules), file=sys.stderr)"
+    )
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stderr == "set()\n"

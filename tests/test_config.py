@@ -1,0 +1,292 @@
+"""The configuration file, the sentences that refuse it, and the page that documents it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import inspect
+
+from radix import POLICIES
+from sgl_lmcache.config import (
+    EVICTIONS,
+    VARIABLE,
+    Config,
+    ConfigError,
+    HostTier,
+    Nbytes,
+    Seconds,
+    from_environment,
+    load,
+    parse,
+)
+from sgl_lmcache.errors import StartError
+
+PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "tiers.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str) -> str:
+    """The sentence with which this file is refused, without the folder."""
+    with pytest.raises(ConfigError) as caught:
+        load(write(folder, text))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message.removeprefix(f"{folder}/")
+
+
+def host(**keys: Any) -> HostTier:
+    return parse({"tiers": [{"type": "host", **keys}]}, source="test").host
+
+
+def test_no_file_means_defaults() -> None:
+    assert load(None) == from_environment({}) == from_environment({VARIABLE: ""}) == Config()
+    assert Config().host.capacity is None
+    assert Config().prefetch.timeout == 5.0
+
+
+@pytest.mark.parametrize("text", ["", "# a comment only\n", "---\n", "{}"])
+def test_an_empty_file_means_defaults(tmp_path: Path, text: str) -> None:
+    assert load(write(tmp_path, text)) == Config()
+
+
+def test_every_key(tmp_path: Path) -> None:
+    text = """
+        namespace: blue
+        tiers: [{type: host, capacity: 8GiB, eviction: lru}]
+        eviction: lru
+        prefetch: {policy: best_effort, timeout: 500ms}
+        """
+    config = from_environment({VARIABLE: str(write(tmp_path, text))})
+    assert config.namespace == "blue"
+    assert config.host == HostTier(capacity=Nbytes(8 * 2**30), eviction="lru")
+    assert config.prefetch.policy == "best_effort"
+    assert config.prefetch.timeout == 0.5
+
+
+def test_a_tier_without_eviction_has_the_one_for_all() -> None:
+    config = Config()
+    assert config.host.eviction is None
+    assert config.eviction_of(config.host) == config.eviction
+
+
+def test_the_evictions_are_those_of_the_index() -> None:
+    assert set(EVICTIONS) == set(POLICIES)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        (4096, 4096),
+        ("1B", 1),
+        ("8GiB", 8 * 2**30),
+        ("512MiB", 2**29),
+        ("1.5GiB", 3 * 2**29),
+        ("2GB", 2 * 10**9),
+        (" 3 KiB ", 3072),
+        ("0.1TB", 10**11),
+        ("2TiB", 2**41),
+    ],
+)
+def test_sizes(text: str | int, nbytes: int) -> None:
+    assert host(capacity=text).capacity == nbytes
+
+
+@pytest.mark.parametrize(
+    ("text", "timeout_s"),
+    [(5, 5.0), (0.25, 0.25), ("5s", 5.0), ("500ms", 0.5), ("2m", 120.0), ("1h", 3600.0), ("7d", 604800.0)],
+)
+def test_durations(text: str | float, timeout_s: float) -> None:
+    assert parse({"prefetch": {"timeout": text}}, source="test").prefetch.timeout == timeout_s
+
+
+@given(st.integers(min_value=1, max_value=2**50))
+def test_a_size_is_written_as_it_is_read(nbytes: int) -> None:
+    assert host(capacity=str(Nbytes(nbytes))).capacity == nbytes
+
+
+@given(st.floats(min_value=1e-9, max_value=8e8))
+def test_a_duration_is_written_as_it_is_read(timeout_s: float) -> None:
+    assert parse({"prefetch": {"timeout": str(Seconds(timeout_s))}}, source="test").prefetch.timeout == timeout_s
+
+
+@given(st.integers(min_value=1, max_value=10**6), st.integers(min_value=0, max_value=999))
+def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> None:
+    assert host(capacity=f"{whole}.{thousandths:03}GiB").capacity == int(Decimal(f"{whole}.{thousandths:03}") * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "right"),
+    [
+        ("namespase: a", "namespase", "did you mean namespace?"),
+        ("zzz: a", "zzz", "possible: namespace, tiers, eviction, prefetch"),
+        ("1: a", "1", "possible: namespace"),
+        ("tiers: [{type: host, capcity: 8GiB}]", "tiers[0].capcity", "did you mean capacity?"),
+        ("tiers: [{type: host, path: /x}]", "tiers[0].path", "possible: capacity, eviction, type"),
+        ("prefetch: {polcy: auto}", "prefetch.polcy", "did you mean policy?"),
+        ("namespace: ''", "namespace", "give it a name"),
+        ("namespace: 7", "namespace", "put it in quotes"),
+        ("namespace: [a]", "namespace", "text is expected"),
+        ("tiers: host", "tiers", "a list is expected"),
+        ("tiers:", "tiers", "a list is expected"),
+        ("tiers: []", "tiers", "- {type: host}"),
+        ("tiers: [host]", "tiers[0]", "a mapping is expected"),
+        ("tiers: [{capacity: 8GiB}]", "tiers[0]", "available: host"),
+        ("tiers: [{type: disk}]", "tiers[0].type", "available: host"),
+        ("tiers: [{type: [host]}]", "tiers[0].type", "available: host"),
+        ("tiers: [{type: host}, {type: host}]", "tiers[1]", "add its capacity to tiers[0]"),
+        ("tiers: [{type: host, capacity: 0}]", "tiers[0].capacity", "above 0"),
+        ("tiers: [{type: host, capacity: -8}]", "tiers[0].capacity", "above 0"),
+        ("tiers: [{type: host, capacity: 0GiB}]", "tiers[0].capacity", "above 0"),
+        ("tiers: [{type: host, capacity: 1.5}]", "tiers[0].capacity", "8GiB"),
+        ("tiers: [{type: host, capacity: yes}]", "tiers[0].capacity", "8GiB"),
+        ("tiers: [{type: host, capacity: '8'}]", "tiers[0].capacity", "8GiB"),
+        ("tiers: [{type: host, capacity: -8GiB}]", "tiers[0].capacity", "8GiB"),
+        ("tiers: [{type: host, capacity: 4gib}]", "tiers[0].capacity", "did you mean 4GiB?"),
+        ("tiers: [{type: host, capacity: 4G}]", "tiers[0].capacity", "did you mean 4GiB?"),
+        ("tiers: [{type: host, capacity: 4Gi}]", "tiers[0].capacity", "did you mean 4GiB?"),
+        ("tiers: [{type: host, capacity: 4 pages}]", "tiers[0].capacity", "8GiB"),
+        ("tiers: [{type: host, eviction: lru2}]", "tiers[0].eviction", "did you mean lru?"),
+        ("eviction: random", "eviction", "possible: lru"),
+        ("eviction: 3", "eviction", "possible: lru"),
+        ("prefetch: auto", "prefetch", "a mapping is expected"),
+        ("prefetch: {policy: waitt}", "prefetch.policy", "did you mean wait?"),
+        ("prefetch: {timeout: 0}", "prefetch.timeout", "500ms"),
+        ("prefetch: {timeout: -1}", "prefetch.timeout", "500ms"),
+        ("prefetch: {timeout: .inf}", "prefetch.timeout", "500ms"),
+        ("prefetch: {timeout: .nan}", "prefetch.timeout", "500ms"),
+        ("prefetch: {timeout: true}", "prefetch.timeout", "500ms"),
+        ("prefetch: {timeout: 5 sec}", "prefetch.timeout", "500ms"),
+        ("prefetch: {timeout: 5S}", "prefetch.timeout", "did you mean 5s?"),
+    ],
+)
+def test_a_wrong_key_or_value_is_refused_by_name(tmp_path: Path, text: str, key: str, right: str) -> None:
+    message = refusal(tmp_path, text)
+    assert message.startswith(f"tiers.yaml: {key} ")
+    assert right in message
+
+
+@pytest.mark.parametrize("tier", ["ssd", "valkey", "mooncake"])
+@pytest.mark.parametrize("text", ["tiers: [{{type: {0}}}]", "tiers: [{{type: {0}, path: /x, url: y}}, {{type: host}}]"])
+def test_a_tier_of_a_later_version_is_refused_plainly(tmp_path: Path, tier: str, text: str) -> None:
+    message = refusal(tmp_path, text.format(tier))
+    assert message == f"tiers.yaml: tiers[0].type is {tier}, which is not available in this version; available: host."
+
+
+def test_a_later_tier_below_the_host_tier_is_refused_at_its_place(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "tiers: [{type: host}, {type: ssd, path: /x}]").startswith(
+        "tiers.yaml: tiers[1].type is ssd"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tiers: [", "line 1, column 9"),
+        ("a: 1\n\tb: 2", "line 2"),
+        ("a: 1\n---\nb: 2", "another document"),
+        ("eviction: lru\neviction: lru", "the key eviction stands here and in line 1"),
+        ("tiers: [{type: host, type: host}]", "the key type stands here and in line 1"),
+        ("[1, 2]: 3", "line 1"),
+        ("? {a: 1}\n: 3", "line 1"),
+        ("namespace: 2020-13-45", "month must be in 1..12"),
+        ("namespace: \x01", "not valid YAML"),
+        ("!!python/object:os.system {}", "constructor"),
+    ],
+)
+def test_what_is_not_yaml_is_refused_with_its_place(tmp_path: Path, text: str, says: str) -> None:
+    assert says in refusal(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["- type: host", "host", "7"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    message = refusal(tmp_path, text)
+    assert message.startswith("tiers.yaml: the file is ")
+    assert "where a mapping is expected" in message
+
+
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, says in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "directory"), (binary, "not UTF-8")):
+        with pytest.raises(StartError, match=says) as caught:
+            from_environment({VARIABLE: str(path)})
+        assert str(path) in str(caught.value)
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=5)
+        | st.sampled_from(["host", "lru", "8GiB"]),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["namespace", "tiers", "eviction", "prefetch", "type", "capacity", "policy", "timeout", "x"]
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_tree_is_a_configuration_or_is_refused(tree: object) -> None:
+    with contextlib.suppress(ConfigError):
+        config = parse(tree, source="tree")
+        assert config.host.capacity is None or config.host.capacity > 0
+        assert config.prefetch.timeout > 0
+
+
+def keys_of(struct: inspect.Type, prefix: str = "") -> list[str]:
+    """The path of every key below a struct, in the notation of the documentation."""
+    assert isinstance(struct, inspect.StructType)
+    keys = [f"{prefix}{struct.tag_field}"] if struct.tag_field else []
+    for field in struct.fields:
+        keys.append(prefix + field.encode_name)
+        if isinstance(field.type, inspect.VarTupleType):
+            keys += keys_of(field.type.item_type, f"{prefix}{field.encode_name}[].")
+        elif isinstance(field.type, inspect.StructType):
+            keys.remove(prefix + field.encode_name)
+            keys += keys_of(field.type, f"{prefix}{field.encode_name}.")
+    return keys
+
+
+def test_the_page_documents_every_key_and_no_other() -> None:
+    section = PAGE.read_text(encoding="utf-8").split("## Keys")[1].split("\n\n**")[0]
+    assert sorted(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)) == sorted(keys_of(inspect.type_info(Config)))
+
+
+def test_the_examples_of_the_page_load(tmp_path: Path) -> None:
+    examples = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert examples
+    for example in examples:
+        load(write(tmp_path, example))
+
+
+def test_the_error_that_the_page_shows_is_the_one_given(tmp_path: Path) -> None:
+    assert refusal(tmp_path, "tiers: [{type: host, capcity: 8GiB}]") in PAGE.read_text(encoding="utf-8")
+
+
+def test_the_first_example_of_the_page_shows_the_defaults() -> None:
+    example = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)[0]
+    shown = parse(yaml.safe_load(example), source="page")
+    assert msgspec.structs.replace(shown, tiers=()) == msgspec.structs.replace(Config(), tiers=())
