@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.registry import (
     create_unified_radix_cache,
     default_radix_cache_factory,
 )
-from sglang.srt.runtime_context import get_context, get_disagg, get_memory, get_parallel
+from sglang.srt.runtime_context import get_context, get_disagg, get_memory, get_parallel, get_spec
 
 from hicache import Engine
 from radix import HOST, Index
@@ -89,12 +89,14 @@ def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
     if version("sglang") != SGLANG_VERSION:
         raise RefusedError(f"it extends internals of SGLang {SGLANG_VERSION}, and this is {version('sglang')}")
     check_page_size(ctx.params.page_size)
-    if ctx.tp_size > 1:
-        raise RefusedError(f"--tp-size {ctx.tp_size} needs ranks to agree on hits, which this version cannot do yet")
+    if ctx.tp_size > 1 or parallel.dp_size > 1:
+        raise RefusedError("several ranks have to agree on hits, which this version cannot do (--tp-size, --dp-size)")
     if ctx.params.pp_size > 1:
         raise RefusedError("pipeline parallel stages cannot agree on what to restore (--pp-size must be 1)")
     if ctx.params.attn_cp_size > 1 or parallel.dcp_size > 1:
         raise RefusedError("with context parallel a rank holds only a slice of each page")
+    if get_spec().speculative_algorithm is not None:
+        raise RefusedError("with speculative decoding the draft's KV would be missing after a hit")
     if ctx.is_hybrid_swa:
         raise RefusedError(
             "the model has sliding-window layers with a pool of their own; add --disable-hybrid-swa-memory"

@@ -3,6 +3,7 @@
 
     python scripts/bench/serving.py ttft      [--tokens 8000] [--rounds 9]
     python scripts/bench/serving.py overhead  [--pairs 9]
+    python scripts/bench/serving.py thread
 
 ttft: two prompts that do not fit into HBM together take turns: each is found in host memory when its turn comes, and
 in HBM when it is asked again at once. They are measured in alternation. "overhead" is host hit minus device hit; it
@@ -10,6 +11,9 @@ is compared with the time that this machine's memcpy would take for the same byt
 
 overhead: a workload in which no prompt shares anything with another, on two servers that differ in our flag alone.
 Pairs of runs alternate; the server that is not being measured is stopped (SIGSTOP) meanwhile, so that it takes no time.
+
+thread: what our calls take of SGLang's scheduler thread while it serves prompts that share nothing, by the tests' probe
+in the server's process: for each 1,000 prompt tokens, and for each turn of the scheduler's loop (as a decode step is).
 
 Ratios of one run only: absolute times on a shared machine are noise.
 """
@@ -25,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -68,18 +72,20 @@ def generate(client: Client, prompt: Sequence[int], max_new_tokens: int) -> tupl
 
 
 @contextmanager
-def server(folder: Path, *, cached: bool, pool_tokens: int, arguments: Sequence[str] = ()) -> Iterator[Client]:
+def server(
+    folder: Path, *, cached: bool, pool_tokens: int, environment: Mapping[str, str] = os.environ
+) -> Iterator[Client]:
     """A server on the bench model. Both kinds get the same arguments but for our flag."""
     port = free_port()
     common = ["--model-path", str(make_model(RECIPES["bench"])), "--host", "127.0.0.1", "--port", str(port)]
-    common += ["--max-total-tokens", str(pool_tokens), "--page-size", str(PAGE_SIZE), *arguments]
+    common += ["--max-total-tokens", str(pool_tokens), "--page-size", str(PAGE_SIZE)]
     config = folder / "tiers.yaml"
     config.write_text("tiers:\n  - {type: host, capacity: 2GiB}\n")
     if cached:
-        launch = serve.plan(["--config", str(config), *common], os.environ, gpu=cpu.has_gpu())
+        launch = serve.plan(["--config", str(config), *common], environment, gpu=cpu.has_gpu())
     else:
         launch = serve.Launch(
-            [sys.executable, "-m", "sglang.launch_server", *cpu.cpu_arguments(common)], cpu.cpu_environment(os.environ)
+            [sys.executable, "-m", "sglang.launch_server", *cpu.cpu_arguments(common)], cpu.cpu_environment(environment)
         )
     log = folder / ("cached.log" if cached else "stock.log")
     with running(launch, port=port, log=log, deadline=Deadline(3600)) as client:
@@ -165,6 +171,48 @@ def run_overhead(n_pairs: int) -> dict[str, float]:
     }
 
 
+def run_thread(n_prompts: int = 24, n_tokens: int = 512, n_new: int = 32) -> dict[str, float]:
+    """Microseconds of the scheduler thread, by call."""
+    prompts = Prompts(3)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        probe = Path(__file__).resolve().parents[2] / "tests/support/probe"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(probe), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+            "SGL_LMCACHE_PROBE_DIR": name,
+            "SGL_LMCACHE_PROBE_TIMES": "1",
+        }
+        client = stack.enter_context(server(Path(name), cached=True, pool_tokens=6144, environment=environment))
+        before = calls_so_far(Path(name), 1)
+        for _ in range(n_prompts):
+            generate(client, prompts.make(n_tokens), n_new)
+        after = calls_so_far(Path(name), 2)
+    figures: dict[str, float] = {"prompt_tokens": n_prompts * n_tokens}
+    events = "check_hicache_events"
+    per_turn_us = (after[events]["total_ns"] - before[events]["total_ns"]) / 1e3
+    per_turn_us /= after[events]["count"] - before[events]["count"]
+    total_us = 0.0
+    for call in sorted(after):
+        if call != events:
+            spent_us = (after[call]["total_ns"] - before[call]["total_ns"]) / 1e3
+            figures[f"{call} us/1,000 tokens"] = 1000 * spent_us / (n_prompts * n_tokens)
+            total_us += spent_us
+    figures["all of these us/1,000 tokens"] = 1000 * total_us / (n_prompts * n_tokens)
+    figures[f"{events} us/turn"] = per_turn_us
+    return figures
+
+
+def calls_so_far(folder: Path, number: int) -> dict[str, dict[str, int]]:
+    """The probe's counters: by call, how often and how many nanoseconds."""
+    request, answer = folder / "request.part", folder / f"answer-{number}.json"
+    request.write_text(str(number))
+    request.replace(folder / "request")
+    while not answer.exists():
+        time.sleep(0.05)
+    times: dict[str, dict[str, int]] = json.loads(answer.read_text())["times"]
+    return times
+
+
 def burst_s(client: Client, batch: Sequence[Sequence[int]]) -> float:
     """Seconds for a burst of concurrent requests, 32 new tokens each."""
     started_s = time.perf_counter()
@@ -194,7 +242,7 @@ def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="TTFT by tier, and the cost without reuse.")
-    parser.add_argument("what", choices=("ttft", "overhead"))
+    parser.add_argument("what", choices=("ttft", "overhead", "thread"))
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--pairs", type=int, default=9)
@@ -202,13 +250,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.what == "ttft":
         figures = run_ttft(arguments.tokens, arguments.rounds)
-    else:
+    elif arguments.what == "overhead":
         figures = run_overhead(arguments.pairs)
+    else:
+        figures = run_thread()
     if arguments.json:
         print(json.dumps(figures, indent=2))
     else:
         for name, value in figures.items():
-            print(f"{name:28}{value:>12,.4f}" if isinstance(value, float) else f"{name:28}{value:>12,}")
+            print(f"{name:46}{value:>12,.4f}" if isinstance(value, float) else f"{name:46}{value:>12,}")
     return 0
 
 

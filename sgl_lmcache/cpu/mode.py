@@ -98,8 +98,12 @@ def enable(*, n_ranks: int = 1) -> None:
 
 
 def is_enabled(environment: Mapping[str, str]) -> bool:
-    """Whether SGLang runs in CPU mode in a process with this environment."""
-    return environment.get(_CPU_ENGINE) == "1"
+    """Whether a process with this environment is in our CPU mode: SGLang's own, with our stand-in on its search path.
+
+    SGLang's CPU engine without the stand-in is somebody else's set-up (it needs other kernels), and left alone.
+    """
+    on_path = str(STAND_IN) in environment.get("PYTHONPATH", "").split(os.pathsep)
+    return environment.get(_CPU_ENGINE) == "1" and on_path
 
 
 def install() -> None:
