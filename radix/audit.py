@@ -17,7 +17,7 @@ from radix.residency import HOST, State
 
 def audit(columns: Columns, policies: Mapping[int, Policy]) -> None:
     """Raises AssertionError that names the first violation. Takes memory and time in proportion to the rows touched."""
-    used = np.flatnonzero(columns.depth[: columns.tally[kernels.N_TOUCHED]] >= 0).astype(np.int32)
+    used = np.flatnonzero(columns.parent[: columns.tally[kernels.N_TOUCHED]] >= ROOT).astype(np.int32)
     _check_rows(columns, used)
     _check_table(columns, used)
     _check_tree(columns, used)
@@ -37,9 +37,9 @@ def _check_rows(columns: Columns, used: Rows) -> None:
     while row != NONE:
         free.append(row)
         assert len(free) <= n_touched - len(used), "the free stack is longer than the free rows"
-        row = int(columns.parent[row])
+        row = kernels.FREE_LINK - int(columns.parent[row])
     assert len(free) == n_touched - len(used), "a free row is not on the free stack"
-    assert (columns.depth[free] < 0).all(), "a row in use is on the free stack"
+    assert (columns.parent[free] < ROOT).all(), "a row in use is on the free stack"
     for column in (columns.residency, columns.leases, columns.n_children, columns.tier_children):
         assert not column[free].any(), "something holds a free row"
     assert (columns.leases[used] >= 0).all(), "leases are negative"

@@ -51,7 +51,7 @@ class Index:
     Raises ValueError for a policy that does not exist.
 
     Rows that are returned are fresh int32[n] arrays, root side first. Rows that are given have to be C-contiguous int32
-    (else TypeError); wherever rows are changed, a row that is not in use raises ValueError.
+    (else TypeError). A change of state, a lease or its release raises ValueError for a row that is not in use.
     """
 
     def __init__(self, capacity: int, *, n_tiers: int = MAX_TIERS, policies: Mapping[int, str] = HOST_BY_LRU) -> None:
@@ -115,14 +115,14 @@ class Index:
 
     def keys_of(self, rows: Rows) -> bytes:
         """32 bytes a row."""
-        return self._columns.key[rows].tobytes()
+        return self._columns.key.take(rows, axis=0).tobytes()
 
     # ---- residency ----
 
     def states(self, rows: Rows, tier: int) -> NDArray[np.uint8]:
         """uint8[n]: the `State` of each page on the tier."""
         self._check_tier(tier)
-        return (self._columns.residency[rows] >> np.uint8(2 * tier)) & np.uint8(3)
+        return (self._columns.residency.take(rows) >> np.uint8(2 * tier)) & np.uint8(3)
 
     def resident_prefix(self, rows: Rows, tier: int) -> int:
         """How many pages at the head of `rows` are RESIDENT on the tier."""
@@ -136,7 +136,7 @@ class Index:
 
     def slots(self, rows: Rows) -> Slots:
         """int32[n]: the host slots of these pages, which are INCOMING or RESIDENT there; -1 for others."""
-        return self._columns.slot[rows]
+        return self._columns.slot.take(rows)
 
     def begin(self, rows: Rows, tier: int, slots: Slots | None = None) -> None:
         """ABSENT -> INCOMING. The host tier, and only it, takes a slot for each page: int32[n], which are copied."""
@@ -190,14 +190,15 @@ class Index:
     def _left(self, rows: Rows, tier: int) -> Slots:
         slots = _NO_ROWS
         if tier == HOST:
-            slots = self._columns.slot[rows]
+            slots = self.slots(rows)
             self._columns.slot[rows] = NONE
         kernels.reap(self._columns, rows)
         return slots
 
     def _transition(self, transition: Transition, rows: Rows, tier: int) -> None:
         self._check_tier(tier)
-        n_done = kernels.transition(self._columns, rows, tier, transition.source_bits, transition.target)
+        before = np.empty(len(rows), np.uint8)
+        n_done = kernels.transition(self._columns, rows, tier, transition.source_bits, transition.target, before)
         if n_done < len(rows):
             row = int(rows[n_done])
             self._check_in_use(row)
@@ -280,7 +281,7 @@ class Index:
 
     def _check_in_use(self, row: int) -> None:
         columns = self._columns
-        if not 0 <= row < columns.tally[kernels.N_TOUCHED] or columns.depth[row] < 0:
+        if not 0 <= row < columns.tally[kernels.N_TOUCHED] or columns.parent[row] < ROOT:
             raise ValueError(f"row {row} is not in use")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from radix.columns import BLOB_T, COLUMNS_T, ROWS_T, Columns, Rows, inlined, kernel
+from radix.columns import BLOB_T, BYTES_T, COLUMNS_T, ROWS_T, Columns, Rows, inlined, kernel
 
 Blob = NDArray[np.uint64]
 """[n, 4]: the keys of a run."""
@@ -32,13 +32,15 @@ N_ROWS: Final = 2
 N_LEASES: Final = 3
 """The sum of the leases column."""
 
+FREE_LINK: Final = -3
+"""The parent column of a free row holds this - the next free row (-1: none), which is below the root's -1."""
+
 # Refusals of `insert`.
 FULL: Final = -1
 NOT_BELOW: Final = -2
 
 _NONE = -1
-_FREE = -1
-"""The depth of a free row."""
+_ROOT = -1
 
 
 # ---- keys ----
@@ -71,7 +73,7 @@ def _probe(columns: Columns, blob: Blob, i: int) -> int:
 def _next_row(columns: Columns, above: int, blob: Blob, i: int) -> int:
     """The row of key i: the row after `above` if the run goes on there, else what the table says, or `_NONE`.
 
-    A free row keeps its old key, but its `parent` is a free row and so not `above`.
+    A free row keeps its old key, but its `parent` is no row.
     """
     row = above + 1
     if 0 < row < columns.tally[N_TOUCHED] and columns.parent[row] == above and _same_key(columns, row, blob, i):
@@ -101,7 +103,7 @@ def _unlink_key(columns: Columns, row: int) -> None:
 
 @inlined
 def _in_use(columns: Columns, row: int) -> bool:
-    return bool(0 <= row < columns.tally[N_TOUCHED] and columns.depth[row] != _FREE)
+    return bool(0 <= row < columns.tally[N_TOUCHED] and columns.parent[row] >= _ROOT)
 
 
 @inlined
@@ -113,16 +115,17 @@ def _new_row(columns: Columns, parent: int, now: int) -> int:
         tally[N_TOUCHED] += 1
     else:
         row = int(tally[FREE_HEAD])
-        tally[FREE_HEAD] = columns.parent[row]
+        tally[FREE_HEAD] = FREE_LINK - int(columns.parent[row])
     columns.parent[row] = parent
     columns.depth[row] = 0
-    if parent != _NONE:
+    if parent != _ROOT:
         columns.depth[row] = columns.depth[parent] + 1
         columns.n_children[parent] += 1
     columns.slot[row] = _NONE
     columns.last_use[row] = now
     tally[N_ROWS] += 1
-    columns.counts[:, 0] += 1
+    for tier in range(len(columns.counts)):
+        columns.counts[tier, 0] += 1
     return row
 
 
@@ -131,13 +134,13 @@ def _free_row(columns: Columns, row: int) -> int:
     """Give back a row that nothing holds. Returns its parent."""
     _unlink_key(columns, row)
     parent, tally = int(columns.parent[row]), columns.tally
-    if parent != _NONE:
+    if parent != _ROOT:
         columns.n_children[parent] -= 1
-    columns.parent[row] = tally[FREE_HEAD]
-    columns.depth[row] = _FREE
+    columns.parent[row] = FREE_LINK - tally[FREE_HEAD]
     tally[FREE_HEAD] = row
     tally[N_ROWS] -= 1
-    columns.counts[:, 0] -= 1
+    for tier in range(len(columns.counts)):
+        columns.counts[tier, 0] -= 1
     return parent
 
 
@@ -169,7 +172,7 @@ def insert(columns: Columns, blob: Blob, parent: int, now: int, out: Rows) -> in
     Returns the number of new rows; or `FULL`; or `NOT_BELOW` if `parent` is not in use or a key is known below another
     page, which chained keys cannot be.
     """
-    if parent != _NONE and not _in_use(columns, parent):
+    if parent != _ROOT and not _in_use(columns, parent):
         return NOT_BELOW
     above, n_known = parent, 0
     while n_known < len(blob):
@@ -191,7 +194,8 @@ def insert(columns: Columns, blob: Blob, parent: int, now: int, out: Rows) -> in
             return NOT_BELOW
         row = _new_row(columns, above, now)
         columns.table[entry] = row + 1
-        columns.key[row] = blob[i]
+        for word in range(4):
+            columns.key[row, word] = blob[i, word]
         out[i] = row
         above = row
     return len(blob) - n_known
@@ -210,23 +214,24 @@ def reap(columns: Columns, rows: Rows) -> None:
     """Free those of `rows` that nothing holds, and the parents that only they held. Others are skipped."""
     for i in range(len(rows) - 1, -1, -1):
         row = int(rows[i])
-        while row != _NONE and _in_use(columns, row) and not _held(columns, row):
+        while _in_use(columns, row) and not _held(columns, row):
             row = _free_row(columns, row)
 
 
 # ---- what holds a row ----
 
 
-@kernel(types.int64, COLUMNS_T, ROWS_T, types.int64, types.int64, types.int64)
-def transition(columns: Columns, rows: Rows, tier: int, source_bits: int, target: int) -> int:
-    """Change the state of all `rows` on a tier.
+@kernel(types.int64, COLUMNS_T, ROWS_T, types.int64, types.int64, types.int64, BYTES_T)
+def transition(
+    columns: Columns, rows: Rows, tier: int, source_bits: int, target: int, before: NDArray[np.uint8]
+) -> int:
+    """Change the state of all `rows` on a tier. `before` is for the kernel's own use, as long as `rows`.
 
     Returns their number; or the position of the first that is not in use or not in a state whose bit is set in
     `source_bits`, with nothing changed. A row that is named twice is refused by its second mention, unless the
     transition may start from its own target.
     """
     residency, shift = columns.residency, 2 * tier
-    before = np.empty(len(rows), np.uint8)
     for i in range(len(rows)):
         row = rows[i]
         if not _in_use(columns, row) or (source_bits >> ((residency[row] >> shift) & 3)) & 1 == 0:
@@ -239,7 +244,7 @@ def transition(columns: Columns, rows: Rows, tier: int, source_bits: int, target
         source = (before[i] >> shift) & 3
         columns.counts[tier, source] -= 1
         parent = columns.parent[rows[i]]
-        if parent != _NONE:
+        if parent != _ROOT:
             columns.tier_children[parent, tier] += int(target != 0) - int(source != 0)
     columns.counts[tier, target] += len(rows)
     return len(rows)
