@@ -4,6 +4,9 @@
 evictable when its last child is taken: then it is older than everything ahead of the walk, so it is the next victim.
 The stamps, which grow along the list, tell such a parent from one that the walk has still to reach. So the order is
 exactly "the oldest evictable page, again and again", in one pass that costs what it takes and passes over.
+
+A leased page that the walk passes over is in use, so it becomes the newest. Waiting requests may lease half of a tier,
+and without this every eviction would walk past all their pages again.
 """
 
 from typing import Final, NamedTuple
@@ -96,9 +99,9 @@ def _may_go(columns: Columns, links: Links, row: int, tier: int, now: int) -> bo
 @kernel(types.int64, COLUMNS_T, LINKS_T, types.int64, types.int64, ROWS_T)
 def _victims(columns: Columns, links: Links, tier: int, now: int, out: Rows) -> int:
     """Fill `out` with victims. Returns how many there are."""
-    n, at = 0, links.ends[0]
-    while at != _NONE and n < len(out):
-        row = at
+    n, at, last_stamp = 0, links.ends[0], links.ends[2]
+    while at != _NONE and n < len(out) and links.stamp[at] <= last_stamp:
+        row, following = at, links.newer[at]
         while n < len(out) and _may_go(columns, links, row, tier, now):
             out[n] = row
             n += 1
@@ -109,7 +112,10 @@ def _victims(columns: Columns, links: Links, tier: int, now: int, out: Rows) -> 
             if not 0 < links.stamp[parent] < links.stamp[at]:
                 break
             row = parent
-        at = int(links.newer[at])
+        if columns.leases[at] > 0:
+            _unlink(links, at)
+            _push(links, at)
+        at = following
     for i in range(n):
         parent = int(columns.parent[out[i]])
         if parent != _NONE:

@@ -26,7 +26,7 @@ class Policy(Protocol):
         """These are no longer RESIDENT. Their keys and parents can still be read; the rows may be reused afterwards."""
 
     def victims(self, n: int, now: int) -> Rows:
-        """Up to n rows to evict now, in order, with nothing changed yet. One compiled call: this is the hot path.
+        """Up to n rows to evict now, in order; the tier itself is as before. One compiled call: this is the hot path.
 
         A victim is RESIDENT, has no lease and a `last_use` other than `now`, and all its children that are not ABSENT
         on the tier come before it. Fewer than n only if no more can be taken.

@@ -116,13 +116,17 @@ class Model:
         return bool(page.leases or any(page.states) or any(other.parent == key for other in self.pages.values()))
 
     def evict(self, n: int, tier: int) -> tuple[list[bytes], list[int]]:
-        """The oldest page that may go, n times over."""
+        """The oldest page that may go, n times over. Leased pages that are passed over become the newest."""
         victims: list[bytes] = []
         while len(victims) < n:
             may_go = [key for key in self.order[tier] if key not in victims and self._may_go(key, tier, victims)]
             if not may_go:
                 break
             victims.append(may_go[0])
+        order = self.order[tier]
+        n_passed = max(map(order.index, victims), default=0) if len(victims) == n else len(order)
+        passed = [key for key in order[:n_passed] if self.pages[key].leases]
+        self.order[tier] = [key for key in order if key not in passed] + passed
         return victims, self.change("drop", victims, tier)
 
     def _may_go(self, key: bytes, tier: int, gone: list[bytes]) -> bool:
