@@ -156,13 +156,22 @@ class Linker:
     def pop_completed_offload(self) -> bool:
         write_back = self._write_backs.popleft()
         if write_back.offload is not None and write_back.copy is not None:
-            self.engine.finish_offload(write_back.offload, landed=write_back.copy.failed is None)
+            failed = write_back.copy.failed
+            if failed is not None:
+                logger.error("%d pages were not copied to host memory", len(write_back.offload.rows), exc_info=failed)
+            self.engine.finish_offload(write_back.offload, landed=failed is None)
         return True
 
     # ---- host -> HBM ----
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        """Queue a restore into the device slots that SGLang has allocated. False: some page has gone, recompute."""
+        """Queue a restore into the device slots that SGLang has allocated. False: recompute.
+
+        That is when a page has gone since the lookup, or when two live requests of one client share a rid: SGLang keeps
+        one private load for each rid, so the second of them in a batch computes its prompt.
+        """
+        if rid in self._queued:
+            return False
         (kv,) = transfers
         restore = self.engine.begin_restore(to_blob(kv.keys))
         if restore is None:
@@ -230,6 +239,7 @@ class Linker:
 
     def close(self) -> None:
         """Stop the copies and free host memory. Blocks for the copies in flight."""
+        logger.info("sgl_lmcache: %s", self.engine.stats)
         self.reset()
         self.copies.close()
         self._slab.close()

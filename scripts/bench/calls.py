@@ -19,7 +19,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,9 @@ class Stopwatch:
 @contextmanager
 def watched() -> Iterator[Stopwatch]:
     """Patch every entry point that SGLang's scheduler thread calls, and what they call of SGLang."""
-    from contextlib import ExitStack
-
-    from sglang.srt.mem_cache import unified_radix_cache as sglang_cache
+    from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
     from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinkerWrapper
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
     from sgl_lmcache.cache import TieredRadixCache
     from sgl_lmcache.linker import Linker
@@ -103,7 +102,8 @@ def watched() -> Iterator[Stopwatch]:
     }
     theirs = {
         UnifiedCacheLinkerWrapper: ("_tail_hashes",),
-        sglang_cache.UnifiedRadixCache: ("_evict_device_leaf",),
+        UnifiedRadixCache: ("_evict_device_leaf", "check_hicache_events", "inc_lock_ref"),
+        RustUnifiedTreeCore: ("collect_path_info", "mark_external_linker_offload_pending"),
     }
     with ExitStack() as stack:
         for owner, names in ours.items():

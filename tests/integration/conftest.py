@@ -1,4 +1,4 @@
-"""SGLang warns while it is imported and while it compiles its hash extension; what our own calls warn of is an error."""
+"""SGLang warns while it is imported and compiles its hash extension; what our own calls warn of is an error."""
 
 import warnings
 
