@@ -1,0 +1,334 @@
+"""The main job, seen from outside: real SGLang servers on real text, without and with KV cache below HBM.
+
+Two servers run, one after the other, and get the same requests with the same arguments, but for one flag:
+
+1. stock SGLang, whose prefix cache is HBM alone ("HBM"; without a GPU a pool in ordinary memory);
+2. SGLang with `--radix-cache-backend sgl_lmcache`.
+
+HBM has room for one of the two documents, so each pushes the other out, and the chat with it. Stock SGLang then
+computes it again; with the cache it comes back from host memory.
+
+The answers of the second server are held to what the first one answers while HBM still has everything: each document
+the first time, the chat in one go. (Not to what stock SGLang answers after computing a chat again: KV that decoding has
+written and the same KV computed by prefill are rounded differently, so that stock SGLang may differ from itself.)
+
+Where a prompt's KV was found is what a server says about each request (`cached_tokens_details`), never guessed from
+times. The exit code is 0 only if the story holds: the documents left HBM, came back from host memory, and not one token
+of any answer differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+
+from demo_server import Client, Deadline, DemoError, Message, Reply, check_port, free_port, running
+from demo_text import CHAT_TURNS, Document, documents
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from sgl_lmcache import BACKEND, cpu, serve
+from sgl_lmcache.cpu.model import RECIPES, make_model
+
+POOL_ROOM_TOKENS = 1536
+"""What the KV pool holds besides one document: a question, its answer, the chat."""
+
+MIN_DOCUMENT_TOKENS = 2000
+
+PAGE_SIZE = 16
+"""For both servers, so that they hit the same tokens. With the flag it would be chosen; SGLang's own default is 1."""
+
+Prompts = Mapping[str, tuple[Message, ...]]
+Ids = tuple[int, ...]
+Advance = Callable[[str], None]
+
+
+class Row(Enum):
+    """A row of the table: what a request is meant to show."""
+
+    NEW = "document, new"
+    IN_HBM = "document, in HBM"
+    LEFT_HBM = "document, left HBM"
+    CHAT = "chat"
+
+
+SCHEDULE = (
+    *(("A 1", Row.NEW), ("A 2", Row.IN_HBM), ("A 3", Row.IN_HBM), ("chat 1", Row.CHAT)),
+    *(("B 1", Row.NEW), ("B 2", Row.IN_HBM), ("B 3", Row.IN_HBM), ("chat 2", Row.CHAT)),
+    *(("A 2", Row.LEFT_HBM), ("B 2", Row.LEFT_HBM), ("chat 3", Row.CHAT)),
+    *(("A 3", Row.LEFT_HBM), ("chat 4", Row.CHAT)),
+)
+"""The requests to both servers, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request, and whether its answer differs from the one that it is held to."""
+
+    name: str
+    row: Row
+    reply: Reply
+    differs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of the table. Tokens are sums over its requests, with the cache."""
+
+    row: str
+    requests: int
+    ttft_without_s: float
+    ttft_with_s: float
+    prompt_tokens: int
+    from_hbm: int
+    from_host: int
+    answers_differ: int
+    answers_differ_without: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    console, progress_console = Console(), Console(stderr=True)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    try:
+        deadline = Deadline(arguments.time_limit)
+        if arguments.port is not None:
+            check_port(arguments.port)
+        without, cached = tell(arguments, deadline, progress_console)
+    except DemoError as error:
+        progress_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        progress_console.print("Interrupted; the server has been ended.")
+        return 130
+    lines, failures = summarize(without, cached), broken(without, cached)
+    if arguments.json:
+        print(json.dumps(report(arguments.model, lines, failures, deadline.elapsed_s), indent=2))
+    else:
+        present(console, lines, failures, deadline.elapsed_s)
+    return 1 if failures else 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./scripts/demo", description="SGLang with KV cache in host memory, shown.")
+    parser.add_argument("--model", default="bench", help="a local model, or one to generate: bench (default), tiny")
+    parser.add_argument("--document-tokens", type=int, default=6000, help="length of each document (default 6000)")
+    parser.add_argument("--answer-tokens", type=int, default=12, help="length of each answer (default 12)")
+    parser.add_argument("--host-capacity", default="1GiB", help="size of the host tier (default 1GiB)")
+    parser.add_argument("--port", type=int, help="default: a free one")
+    parser.add_argument("--time-limit", type=float, default=300, help="seconds after which it gives up (default 300)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.document_tokens < MIN_DOCUMENT_TOKENS:
+        parser.error(f"--document-tokens must be at least {MIN_DOCUMENT_TOKENS}: HBM would hold both documents")
+    return arguments
+
+
+def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
+    """Leave through every `finally` on the way, which is what ends the server."""
+    sys.exit(128 + number)
+
+
+# ---- the story ----
+
+
+def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) -> tuple[list[Outcome], list[Outcome]]:
+    """Run both servers: what came of the schedule without the cache, and with it. Raises `DemoError`."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with tempfile.TemporaryDirectory(prefix="sgl-lmcache-demo-") as name, Progress(*columns, console=console) as bar:
+        task = bar.add_task("making the model", total=2 + len(CHAT_TURNS) + 2 * len(SCHEDULE))
+
+        def show(step: str) -> None:
+            bar.update(task, description=step)
+            if not console.is_terminal:
+                console.print(f"{deadline.elapsed_s:6.1f} s  {step}", highlight=False)
+
+        def advance(done: str) -> None:
+            bar.advance(task)
+            show(done)
+
+        folder, n_answer = Path(name), arguments.answer_tokens
+        port = free_port() if arguments.port is None else arguments.port
+        recipe = RECIPES.get(arguments.model)
+        model = arguments.model if recipe is None else str(make_model(recipe))
+        common = ["--model-path", model, "--host", "127.0.0.1", "--port", str(port), "--page-size", str(PAGE_SIZE)]
+        common += ["--max-total-tokens", str(arguments.document_tokens + POOL_ROOM_TOKENS)]
+
+        show("starting stock SGLang")
+        with running(stock_server(common), port=port, log=folder / "server.log", deadline=deadline) as client:
+            advance("stock SGLang is ready")
+            prompts, answers = chat(client, n_answer, advance)
+            prompts |= questions(documents(client.count_tokens, arguments.document_tokens))
+            client.flush()
+            without = follow_schedule(client, prompts, answers, n_answer, advance)
+
+        show("starting SGLang with the cache")
+        launch = cached_server(common, folder, arguments.host_capacity)
+        with running(launch, port=port, log=folder / "server.log", deadline=deadline) as client:
+            advance("SGLang with the cache is ready")
+            cached = follow_schedule(client, prompts, answers, n_answer, advance)
+    return without, cached
+
+
+def stock_server(arguments: Sequence[str]) -> serve.Launch:
+    """SGLang without our flag."""
+    command, environment = list(arguments), dict(os.environ)
+    if not cpu.has_gpu():
+        command, environment = cpu.cpu_arguments(command), cpu.cpu_environment(environment)
+    return serve.Launch([sys.executable, "-m", "sglang.launch_server", *command], environment)
+
+
+def cached_server(arguments: Sequence[str], folder: Path, host_capacity: str) -> serve.Launch:
+    """What `sgl-lmcache serve --config FILE ...` starts."""
+    config = folder / "tiers.yaml"
+    config.write_text(f"tiers:\n  - {{type: host, capacity: {host_capacity}}}\n", encoding="utf-8")
+    return serve.plan(["--config", str(config), *arguments], os.environ, gpu=cpu.has_gpu())
+
+
+def chat(client: Client, n_answer: int, advance: Advance) -> tuple[dict[str, tuple[Message, ...]], dict[str, Ids]]:
+    """A chat in one go: the prompt and the answer of each turn."""
+    prompts, answers = {}, {}
+    history: tuple[Message, ...] = ()
+    for number, turn in enumerate(CHAT_TURNS, 1):
+        history = (*history, Message("user", turn))
+        reply = client.ask(history, max_tokens=n_answer)
+        prompts[f"chat {number}"], answers[f"chat {number}"] = history, reply.token_ids
+        history = (*history, Message("assistant", reply.text))
+        advance(f"the chat in one go, turn {number}: {reply.ttft_s:.2f} s")
+    return prompts, answers
+
+
+def questions(texts: Sequence[Document]) -> Prompts:
+    """Each question behind its document, so that those about one document share a prefix."""
+    return {
+        f"{document.name} {number}": (Message("system", document.text), Message("user", question))
+        for document in texts
+        for number, question in enumerate(document.questions, 1)
+    }
+
+
+def follow_schedule(
+    client: Client, prompts: Prompts, answers: dict[str, Ids], n_answer: int, advance: Advance
+) -> list[Outcome]:
+    """Ask `SCHEDULE`. `answers` is what answers are held to; the first one to a prompt that is not in it is added."""
+    # What a process does once (compiling, first allocations) is not to count for the first question.
+    client.ask((Message("user", "Hello."),), max_tokens=4)
+    outcomes = []
+    for name, row in SCHEDULE:
+        reply = client.ask(prompts[name], max_tokens=n_answer)
+        differs = reply.token_ids != answers.setdefault(name, reply.token_ids)
+        outcomes.append(Outcome(name, row, reply, differs))
+        found = f"HBM {reply.n_device}, host {reply.n_host} of {reply.n_prompt} tokens"
+        advance(f"{row.value}: {name}: {reply.ttft_s:.2f} s, {found}")
+    return outcomes
+
+
+# ---- what came of it ----
+
+
+def summarize(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[Line]:
+    """The rows of the table, in the order of `Row`."""
+    lines = []
+    for row in Row:
+        stock = [outcome for outcome in without if outcome.row is row]
+        ours = [outcome for outcome in cached if outcome.row is row]
+        lines.append(
+            Line(
+                row=row.value,
+                requests=len(ours),
+                ttft_without_s=statistics.median(outcome.reply.ttft_s for outcome in stock),
+                ttft_with_s=statistics.median(outcome.reply.ttft_s for outcome in ours),
+                prompt_tokens=sum(outcome.reply.n_prompt for outcome in ours),
+                from_hbm=sum(outcome.reply.n_device for outcome in ours),
+                from_host=sum(outcome.reply.n_host for outcome in ours),
+                answers_differ=sum(outcome.differs for outcome in ours),
+                answers_differ_without=sum(outcome.differs for outcome in stock),
+            )
+        )
+    return lines
+
+
+def broken(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[str]:
+    """What of the story did not hold, one sentence each; empty when all did."""
+    sentences = []
+    for outcome in without:
+        if outcome.row is Row.LEFT_HBM and outcome.reply.n_device * 2 > outcome.reply.n_prompt:
+            sentences.append(f"{outcome.name} was to have left HBM, and stock SGLang still found it there.")
+    for outcome in cached:
+        reply, name = outcome.reply, outcome.name
+        if outcome.row is Row.NEW and (reply.n_device + reply.n_host) * 2 > reply.n_prompt:
+            sentences.append(f"{name} was to be new, and was found.")
+        if outcome.row is Row.IN_HBM and reply.n_device * 2 < reply.n_prompt:
+            sentences.append(f"{name} was to be found in HBM: {reply.n_device} of {reply.n_prompt} tokens were.")
+        if outcome.row is Row.LEFT_HBM and reply.n_host * 2 < reply.n_prompt:
+            sentences.append(f"{name} was to come from host memory: {reply.n_host} of {reply.n_prompt} tokens did.")
+        if outcome.differs:
+            sentences.append(f"The answer to {name} ({outcome.row.value}) differs from that without the cache.")
+    return sentences
+
+
+def report(model: str, lines: Sequence[Line], failures: Sequence[str], elapsed_s: float) -> dict[str, object]:
+    return {
+        "ok": not failures,
+        "failures": list(failures),
+        "model": model,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "gpu": cpu.has_gpu()},
+        "elapsed_s": round(elapsed_s, 1),
+        "rows": [asdict(line) for line in lines],
+    }
+
+
+def present(console: Console, lines: Sequence[Line], failures: Sequence[str], elapsed_s: float) -> None:
+    table = Table(title="SGLang with KV cache in host memory", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("requests", no_wrap=True)
+    for heading in (
+        "TTFT\nstock",
+        "TTFT\nwith",
+        "prompt\ntokens",
+        "found\nin HBM",
+        "found\nin host",
+        "answers\ndiffer",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for line in lines:
+        times = (f"{line.ttft_without_s:.3f} s", f"{line.ttft_with_s:.3f} s")
+        counts = (line.prompt_tokens, line.from_hbm, line.from_host, line.answers_differ)
+        table.add_row(f"{line.requests} x {line.row}", *times, *(f"{n:,}" for n in counts))
+    console.print(table)
+    for sentence in failures:
+        console.print(f"NOT AS PROMISED: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    (left,) = (line for line in lines if line.row == Row.LEFT_HBM.value)
+    n_stock = sum(line.answers_differ_without for line in lines)
+    stock = f" Stock SGLang answered {n_stock} of the requests differently after computing again." if n_stock else ""
+    console.print(
+        "TTFT is the median time to first token; tokens are sums, with the cache.\n"
+        f"A document that had left HBM was answered {left.ttft_without_s / left.ttft_with_s:.1f} times sooner than by "
+        f"stock SGLang, which computed it again.{stock}\n"
+        f"It took {elapsed_s:.0f} s, and nothing is left running.\n\n"
+        "Next, on your own server, one flag:\n"
+        f"    python -m sglang.launch_server --model-path MODEL --radix-cache-backend {BACKEND}\n"
+        "and, to choose the size, SGL_LMCACHE_CONFIG=tiers.yaml with\n"
+        "    tiers:\n"
+        "      - {type: host, capacity: 64GiB}\n"
+        "Without a GPU, `sgl-lmcache serve --model-path MODEL` sets up the rest. Read on in docs/quick-start.md.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""The servers that tests share. Each costs half a minute of two cores, so there are few, and two live at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.server.traffic import N_HBM_TOKENS, PAGE_SIZE, Tolerance, greatest_gap, prompt, reusable
+from tests.support.server import Inspection, Server, Setup
+
+MAX_ALIVE = 2
+
+ARGUMENTS = (
+    *("--page-size", str(PAGE_SIZE)),
+    *("--max-total-tokens", str(N_HBM_TOKENS)),
+    *("--chunked-prefill-size", "512"),
+    *("--schedule-conservativeness", "0.3"),  # admits what may outgrow HBM, so that SGLang has to retract
+    "--enable-cache-report",
+)
+
+CACHED = Setup("cached", ARGUMENTS, config="tiers: [{type: host, capacity: 24MiB}]\n")
+"""Host memory of 768 pages, three times what HBM has. Its scheduler spins when idle, as in production."""
+
+PLAIN = Setup("plain", (*ARGUMENTS, "--sleep-on-idle"), cached=False)
+
+
+class Fleet:
+    """Servers by their setup, started when first asked for; the one asked for least recently makes room."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._servers: dict[str, Server] = {}
+
+    def get(self, setup: Setup) -> Server:
+        server = self._servers.pop(setup.name, None)
+        if server is None:
+            while len(self._servers) >= MAX_ALIVE:
+                self._servers.pop(next(iter(self._servers))).stop()
+            server = Server(setup, self._folder / setup.name).__enter__()
+        self._servers[setup.name] = server
+        server.check_alive()
+        return server
+
+    def stop(self) -> None:
+        while self._servers:
+            self._servers.popitem()[1].stop()
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    fleet = Fleet(tmp_path_factory.mktemp("servers"))
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
+
+
+@pytest.fixture
+def cached(fleet: Fleet) -> Iterator[Server]:
+    """The server under test, empty. Whatever a test does, it has to leave it whole."""
+    server = fleet.get(CACHED)
+    server.flush()
+    yield server
+    check_at_rest(server)
+
+
+@pytest.fixture
+def plain(fleet: Fleet) -> Server:
+    """Stock SGLang with the same arguments, empty."""
+    server = fleet.get(PLAIN)
+    server.flush()
+    return server
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far stock SGLang is from itself: `alone` one request after another, `batched` with others at once."""
+
+    alone: Tolerance
+    batched: Tolerance
+
+
+@pytest.fixture(scope="session")
+def tolerances(fleet: Fleet) -> Tolerances:
+    """Measured on stock SGLang. Alone, a hit in HBM is compared with the cold answer.
+
+    In a batch a row of a matrix product may be summed in another order, and the batch's make-up is a matter of timing.
+    What is measured is the greatest of a sample, which another sample may well exceed: hence twice that.
+    """
+    server = fleet.get(PLAIN)
+    prompts = [prompt(("tolerance", number), 100 + 31 * number) for number in range(16)]
+    server.flush()
+    cold = server.generate_all(prompts, 12, n_at_once=1)
+    hot = []
+    for tokens in prompts:
+        server.flush()
+        server.generate(tokens, 1)
+        hot.append(server.generate(tokens, 12))
+    batched = 0.0
+    for n_at_once in (2, 5, 16) * 2:
+        server.flush()
+        batched = max(batched, greatest_gap(server.generate_all(prompts, 12, n_at_once=n_at_once), cold))
+    assert all(answer.cached_tokens == 0 for answer in cold)
+    assert all(answer.cached_tokens == reusable(tokens) for tokens, answer in zip(prompts, hot, strict=True))
+    return Tolerances(Tolerance(greatest_gap(hot, cold)), Tolerance(2 * batched))
+
+
+def check_at_rest(server: Server) -> Inspection:
+    """Nothing under way, nothing broken, nothing leaked, and the index knows exactly what SGLang's tree holds."""
+    seen = server.at_rest()
+    assert seen.violation is None
+    assert seen.first_violation is None
+    assert seen.n_checks > 0
+    assert seen.mismatched == 0
+    assert seen.host["leases"] == 0
+    assert seen.host["incoming"] == 0
+    assert seen.host["free"] + seen.host["resident"] == seen.host["capacity"]
+    assert seen.hbm["available"] + seen.hbm["evictable"] == seen.hbm["total"]
+    assert seen.mirror["tree"] == seen.mirror["index"] == seen.hbm["evictable"] // PAGE_SIZE
+    assert (seen.mirror["tree_unknown"], seen.mirror["tree_only"], seen.mirror["index_only"]) == (0, 0, 0)
+    return seen

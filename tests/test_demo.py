@@ -1,0 +1,353 @@
+"""The demo and the examples: what they conclude, what they leave behind, and that they run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sgl_lmcache.serve import Launch
+from tests.support.server import Server, Setup, wait_for
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import demo  # noqa: E402
+import demo_server  # noqa: E402
+import demo_text  # noqa: E402
+from demo import Outcome, Row  # noqa: E402
+from demo_server import Client, Deadline, DemoError, Message, Reply  # noqa: E402
+
+WAIT_S = 60.0
+
+CONFIG = "tiers: [{type: host, capacity: 64MiB}]\n"
+
+HEALTHY = """
+import http.server, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(15, signal.SIG_IGN); signal.pause()"])
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+"""Answers as a server does, and has a child that does not end by itself."""
+
+
+def outcome(row: Row, *, device: int = 0, host: int = 0, differs: bool = False) -> Outcome:
+    return Outcome("A 1", row, Reply("text", (1, 2), 0.5, 1000, device, host), differs)
+
+
+def good_outcomes() -> list[Outcome]:
+    return [
+        outcome(Row.COLD),
+        outcome(Row.DEVICE, device=900),
+        outcome(Row.HOST, host=900),
+        outcome(Row.CHAT, device=100, host=300),
+    ]
+
+
+def exchanges() -> demo.Exchanges:
+    reply = Reply("text", (1, 2), 5.0, 1000, 0, 0)
+    return {name: ((Message("user", name),), reply) for name in ("A 1", "chat 1")}
+
+
+# ---- what it concludes ----
+
+
+def test_a_story_that_holds_has_no_complaints() -> None:
+    assert demo.broken(good_outcomes()) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "complaint"),
+    [
+        (outcome(Row.HOST, device=900), "was to come from host memory"),
+        (outcome(Row.HOST, host=900, differs=True), "differs"),
+        (outcome(Row.DEVICE, host=900), "was to be found in HBM"),
+        (outcome(Row.COLD, host=900), "was to be cold"),
+        (outcome(Row.CHAT, differs=True), "differs"),
+    ],
+)
+def test_a_story_that_does_not_hold_is_told(bad: Outcome, complaint: str) -> None:
+    (sentence,) = demo.broken([*good_outcomes(), bad])
+    assert complaint in sentence
+
+
+def test_the_table_sums_tokens_and_compares_answers_of_each_row() -> None:
+    lines = {line.row: line for line in demo.summarize([*good_outcomes(), outcome(Row.HOST, host=8)], exchanges())}
+    host = lines[Row.HOST.value]
+    assert (host.requests, host.prompt_tokens, host.from_hbm, host.from_host) == (2, 2000, 0, 908)
+    assert host.answers_differ == 0
+    assert lines[Row.NO_CACHE.value].ttft_s == 5.0
+    assert lines[Row.NO_CACHE.value].answers_differ is None
+    assert lines[Row.CHAT_NO_CACHE.value].requests == 1
+    assert list(lines) == [row.value for row in Row]
+
+
+@pytest.mark.parametrize("differs", [False, True])
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_the_exit_code_is_the_verdict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], differs: bool
+) -> None:
+    outcomes = [*good_outcomes(), outcome(Row.HOST, host=900, differs=differs)]
+    monkeypatch.setattr(demo, "tell", lambda *_: (outcomes, exchanges()))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert demo.main(option) == int(differs)
+    printed = capsys.readouterr().out
+    if option:
+        assert json.loads(printed)["ok"] is not differs
+    else:
+        assert "--radix-cache-backend sgl_lmcache" in printed
+        assert ("NOT AS PROMISED" in printed) is differs
+
+
+def client_that_takes(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Client:
+    """Answers at once, on a clock on which every answer took that long."""
+    clock = [0.0]
+
+    def ask(_client: Client, messages: tuple[Message, ...], *, max_tokens: int) -> Reply:
+        clock[0] += seconds
+        return Reply(messages[-1].content, (len(messages), max_tokens), seconds, 10, 0, 0)
+
+    monkeypatch.setattr(Client, "ask", ask)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    return Client("http://nowhere", Path("log"), Deadline(100))
+
+
+@pytest.mark.parametrize(("seconds", "n_questions"), [(1.0, 3), (8.0, 2), (20.0, 1)])
+def test_a_slow_machine_asks_fewer_questions(seconds: float, n_questions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = client_that_takes(seconds, monkeypatch)
+    texts = demo_text.documents(lambda text: len(text) // 3, 2000)
+    asked = demo.ask_without_cache(client, texts, 4, lambda _: None)
+    assert sum(name.startswith("A") for name in asked) == sum(name.startswith("B") for name in asked) == n_questions
+    assert sum(name.startswith("chat") for name in asked) == len(demo_text.CHAT_TURNS)
+    outcomes = demo.ask_with_cache(client, asked, 4, lambda _: None)
+    assert [outcome.row for outcome in outcomes] == [row for _, _, row in demo.SCHEDULE]
+    assert {outcome.name for outcome in outcomes} == set(asked)
+    assert not any(outcome.differs for outcome in outcomes)
+
+
+def test_another_answer_than_without_the_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = client_that_takes(1.0, monkeypatch)
+    texts = demo_text.documents(lambda text: len(text) // 3, 2000)
+    asked = demo.ask_without_cache(client, texts, 4, lambda _: None)
+    outcomes = demo.ask_with_cache(client, asked, 5, lambda _: None)
+    assert all(outcome.differs for outcome in outcomes)
+
+
+def test_both_servers_get_the_same_arguments_but_for_the_cache(tmp_path: Path) -> None:
+    arguments = ["--model-path", "m", "--port", "1"]
+    stock = demo.stock_server(arguments).command
+    cached = demo.cached_server(arguments, tmp_path, "1GiB").command
+    assert set(stock) - set(cached) == {"--disable-radix-cache"}
+    assert set(cached) - set(stock) == {"--radix-cache-backend", "sgl_lmcache"}
+
+
+# ---- what it reads and sends ----
+
+
+def test_a_document_is_cut_to_at_most_its_tokens() -> None:
+    first, second = demo_text.documents(lambda text: len(text) // 3, 2000)
+    for document in (first, second):
+        assert 1900 < document.n_tokens <= 2000
+        assert document.n_tokens == len(document.text) // 3
+    assert first.text != second.text
+
+
+def test_a_streamed_answer_is_put_together() -> None:
+    lines = [
+        b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n',
+        b"\n",
+        b'data: {"choices": [{"delta": {"content": "Hel"}}]}\n',
+        b'data: {"choices": [{"delta": {"content": "lo"}}]}\n',
+        b'data: {"choices": [], "sglext": {"output_ids": [[7, 8]]}}\n',
+        b'data: {"choices": [], "sglext": {"cached_tokens_details": {"device": 3, "host": 4}}}\n',
+        b'data: {"choices": [], "usage": {"prompt_tokens": 9}}\n',
+        b"data: [DONE]\n",
+    ]
+    reply = demo_server.read_reply(demo_server.events(iter(lines)), time.perf_counter())
+    assert (reply.text, reply.token_ids, reply.n_prompt, reply.n_device, reply.n_host) == ("Hello", (7, 8), 9, 3, 4)
+    assert reply.ttft_s > 0
+
+
+@pytest.mark.parametrize("lines", [[], [b'data: {"error": {"message": "out of memory"}}\n']])
+def test_an_answer_without_tokens_is_an_error(lines: list[bytes]) -> None:
+    with pytest.raises(DemoError, match=r"first token|out of memory"):
+        demo_server.read_reply(demo_server.events(iter(lines)), time.perf_counter())
+
+
+# ---- what it leaves behind ----
+
+
+def test_a_busy_port_is_told_and_nothing_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(DemoError, match=f"Port {port} is in use"):
+            demo_server.check_port(port)
+    demo_server.check_port(port)
+
+
+def test_documents_that_hbm_would_hold_together_are_refused() -> None:
+    with pytest.raises(SystemExit):
+        demo.parse_arguments(["--document-tokens", "500"])
+
+
+def test_leaving_ends_the_server_and_its_children(tmp_path: Path) -> None:
+    port = demo_server.free_port()
+    with (
+        suppress(RuntimeError),
+        demo_server.running(healthy(port), port=port, log=tmp_path / "log", deadline=Deadline(WAIT_S)) as client,
+    ):
+        assert client.healthy()
+        group = leader(port)
+        wait_for("the server has its child", lambda: len(members(group)) >= 2 or None, WAIT_S)
+        raise RuntimeError("the story failed")
+    wait_for("nothing is left", lambda: not members(group) or None, WAIT_S)
+
+
+def test_a_signal_ends_the_server_and_its_children(tmp_path: Path) -> None:
+    port = demo_server.free_port()
+    program = (
+        "import signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import demo, demo_server; from sgl_lmcache.serve import Launch\n"
+        "signal.signal(signal.SIGTERM, demo._exit_on_signal)\n"
+        "launch = Launch([sys.executable, '-c', sys.argv[2], sys.argv[3]], {})\n"
+        "port, log, deadline = int(sys.argv[3]), Path(sys.argv[4]), demo_server.Deadline(60)\n"
+        "with demo_server.running(launch, port=port, log=log, deadline=deadline):\n"
+        "    print('ready', flush=True); signal.pause()\n"
+    )
+    arguments = [str(ROOT / "scripts"), HEALTHY, str(port), str(tmp_path / "log")]
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        group = leader(port)
+        process.terminate()
+        assert process.wait(WAIT_S) == 128 + signal.SIGTERM
+    wait_for("nothing is left", lambda: not members(group) or None, WAIT_S)
+
+
+def test_a_server_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
+    launch = Launch([sys.executable, "-c", "raise SystemExit('no such model')"], {})
+    port = demo_server.free_port()
+    with (
+        pytest.raises(DemoError, match="no such model"),
+        demo_server.running(launch, port=port, log=tmp_path / "log", deadline=Deadline(WAIT_S)),
+    ):
+        pytest.fail("it never became ready")
+
+
+def test_the_deadline_ends_a_wait(tmp_path: Path) -> None:
+    launch = Launch([sys.executable, "-c", "import signal; signal.pause()"], {})
+    port = demo_server.free_port()
+    with (
+        pytest.raises(DemoError, match="did not finish within 0 s"),
+        demo_server.running(launch, port=port, log=tmp_path / "log", deadline=Deadline(0)),
+    ):
+        pytest.fail("there is no time left")
+
+
+def healthy(port: int) -> Launch:
+    return Launch([sys.executable, "-c", HEALTHY, str(port)], dict(os.environ))
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int
+    group: int
+    command: list[bytes]
+
+
+def processes() -> Iterator[Process]:
+    """All that run. Zombies do not: nobody but their parent can do more for them."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            command = (folder / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+        except OSError:
+            continue
+        if state not in "ZX":
+            yield Process(int(folder.name), int(group), command)
+
+
+def members(group: int) -> list[Process]:
+    return [process for process in processes() if process.group == group]
+
+
+def leader(port: int) -> int:
+    """The server that was started with this port as its last argument; it leads its group."""
+    (found,) = (process.pid for process in processes() if process.command[-1] == str(port).encode())
+    return found
+
+
+# ---- for real ----
+
+
+def run(*command: str, timeout_s: float = 900.0) -> str:
+    """What a script prints. It fails with all that it said."""
+    result = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+def host_tokens(printed: str) -> list[int]:
+    """The numbers after "in host memory", in order."""
+    return [int(part.split()[0]) for part in printed.split("in host memory ")[1:]]
+
+
+@pytest.mark.server
+def test_demo() -> None:
+    arguments = ["--model", "tiny", "--document-tokens", "2000", "--answer-tokens", "4", "--time-limit", "900"]
+    result = json.loads(run("scripts/demo.py", *arguments, "--host-capacity", "64MiB", "--json"))
+    assert result["ok"], result["failures"]
+    rows = {row["row"]: row for row in result["rows"]}
+    host = rows[Row.HOST.value]
+    assert host["from_host"] > 0.8 * host["prompt_tokens"]
+    assert sum(row["answers_differ"] or 0 for row in rows.values()) == 0
+    assert rows[Row.NO_CACHE.value]["from_hbm"] == 0
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", ["rag_engine.py", "chat_engine.py"])
+def test_engine_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "tiers.yaml"
+    config.write_text(CONFIG)
+    monkeypatch.setenv("SGL_LMCACHE_CONFIG", str(config))
+    printed = run(f"examples/{name}", "--model", "tiny", "--answer-tokens", "4")
+    assert len(host_tokens(printed)) == 6
+    assert max(host_tokens(printed)) > 500
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    setup = Setup(
+        "examples", ("--max-total-tokens", "2560", "--sleep-on-idle"), config="tiers: [{type: host, capacity: 64MiB}]\n"
+    )
+    with Server(setup, tmp_path_factory.mktemp("examples")) as server:
+        yield server
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("arguments", [("rag_openai.py", "--document-chars", "6000"), ("chat_openai.py",)])
+def test_openai_example(server: Server, arguments: tuple[str, ...]) -> None:
+    name, *options = arguments
+    printed = run(f"examples/{name}", "--base-url", f"{server.url}/v1", "--answer-tokens", "4", *options)
+    assert len(host_tokens(printed)) == 6
+    assert max(host_tokens(printed)) > 500
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(example: Path) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 80
