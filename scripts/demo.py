@@ -68,10 +68,15 @@ class Row(Enum):
 SCHEDULE = (
     *(("A 1", Row.NEW), ("A 2", Row.IN_HBM), ("A 3", Row.IN_HBM), ("chat 1", Row.CHAT)),
     *(("B 1", Row.NEW), ("B 2", Row.IN_HBM), ("B 3", Row.IN_HBM), ("chat 2", Row.CHAT)),
-    *(("A 2", Row.LEFT_HBM), ("B 2", Row.LEFT_HBM), ("chat 3", Row.CHAT)),
-    *(("A 3", Row.LEFT_HBM), ("chat 4", Row.CHAT)),
+    *(("A 2", Row.LEFT_HBM), ("chat 3", Row.CHAT)),
 )
 """The requests to both servers, in order."""
+
+MORE = (("B 2", Row.LEFT_HBM), ("A 3", Row.LEFT_HBM), ("chat 4", Row.CHAT), ("B 3", Row.LEFT_HBM))
+"""What the server with the cache is asked after that. Stock SGLang would compute each document again, and has shown
+once how long that takes."""
+
+Schedule = Sequence[tuple[str, Row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./scripts/demo", description="SGLang with KV cache in host memory, shown.")
     parser.add_argument("--model", default="bench", help="a local model, or one to generate: bench (default), tiny")
     parser.add_argument("--document-tokens", type=int, default=6000, help="length of each document (default 6000)")
-    parser.add_argument("--answer-tokens", type=int, default=12, help="length of each answer (default 12)")
+    parser.add_argument("--answer-tokens", type=int, default=8, help="length of each answer (default 8)")
     parser.add_argument("--host-capacity", default="1GiB", help="size of the host tier (default 1GiB)")
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--time-limit", type=float, default=300, help="seconds after which it gives up (default 300)")
@@ -149,7 +154,7 @@ def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) ->
     """Run both servers: what came of the schedule without the cache, and with it. Raises `DemoError`."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with tempfile.TemporaryDirectory(prefix="sgl-lmcache-demo-") as name, Progress(*columns, console=console) as bar:
-        task = bar.add_task("making the model", total=2 + len(CHAT_TURNS) + 2 * len(SCHEDULE))
+        task = bar.add_task("making the model", total=2 + len(CHAT_TURNS) + 2 * len(SCHEDULE) + len(MORE))
 
         def show(step: str) -> None:
             bar.update(task, description=step)
@@ -173,13 +178,13 @@ def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) ->
             prompts, answers = chat(client, n_answer, advance)
             prompts |= questions(documents(client.count_tokens, arguments.document_tokens))
             client.flush()
-            without = follow_schedule(client, prompts, answers, n_answer, advance)
+            without = follow(client, SCHEDULE, prompts, answers, n_answer, advance)
 
         show("starting SGLang with the cache")
         launch = cached_server(common, folder, arguments.host_capacity)
         with running(launch, port=port, log=folder / "server.log", deadline=deadline) as client:
             advance("SGLang with the cache is ready")
-            cached = follow_schedule(client, prompts, answers, n_answer, advance)
+            cached = follow(client, SCHEDULE + MORE, prompts, answers, n_answer, advance)
     return without, cached
 
 
@@ -220,14 +225,14 @@ def questions(texts: Sequence[Document]) -> Prompts:
     }
 
 
-def follow_schedule(
-    client: Client, prompts: Prompts, answers: dict[str, Ids], n_answer: int, advance: Advance
+def follow(
+    client: Client, schedule: Schedule, prompts: Prompts, answers: dict[str, Ids], n_answer: int, advance: Advance
 ) -> list[Outcome]:
-    """Ask `SCHEDULE`. `answers` is what answers are held to; the first one to a prompt that is not in it is added."""
+    """Ask in order. `answers` is what answers are held to; the first one to a prompt that is not in it is added."""
     # What a process does once (compiling, first allocations) is not to count for the first question.
     client.ask((Message("user", "Hello."),), max_tokens=4)
     outcomes = []
-    for name, row in SCHEDULE:
+    for name, row in schedule:
         reply = client.ask(prompts[name], max_tokens=n_answer)
         differs = reply.token_ids != answers.setdefault(name, reply.token_ids)
         outcomes.append(Outcome(name, row, reply, differs))
@@ -294,14 +299,8 @@ def report(model: str, lines: Sequence[Line], failures: Sequence[str], elapsed_s
 def present(console: Console, lines: Sequence[Line], failures: Sequence[str], elapsed_s: float) -> None:
     table = Table(title="SGLang with KV cache in host memory", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("requests", no_wrap=True)
-    for heading in (
-        "TTFT\nstock",
-        "TTFT\nwith",
-        "prompt\ntokens",
-        "found\nin HBM",
-        "found\nin host",
-        "answers\ndiffer",
-    ):
+    headings = ("TTFT\nstock", "TTFT\nwith", "prompt\ntokens", "found\nin HBM", "found\nin host", "answers\ndiffer")
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         times = (f"{line.ttft_without_s:.3f} s", f"{line.ttft_with_s:.3f} s")
@@ -314,7 +313,7 @@ def present(console: Console, lines: Sequence[Line], failures: Sequence[str], el
     n_stock = sum(line.answers_differ_without for line in lines)
     stock = f" Stock SGLang answered {n_stock} of the requests differently after computing again." if n_stock else ""
     console.print(
-        "TTFT is the median time to first token; tokens are sums, with the cache.\n"
+        "TTFT: median time to first token, of stock SGLang and with the cache. Tokens: sums, with the cache.\n"
         f"A document that had left HBM was answered {left.ttft_without_s / left.ttft_with_s:.1f} times sooner than by "
         f"stock SGLang, which computed it again.{stock}\n"
         f"It took {elapsed_s:.0f} s, and nothing is left running.\n\n"

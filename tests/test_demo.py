@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
+from rich.console import Console
 
 from sgl_lmcache.serve import Launch
 from tests.support.server import Server, Setup, wait_for
@@ -44,55 +46,63 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """Answers as a server does, and has a child that does not end by itself."""
 
 
-def outcome(row: Row, *, device: int = 0, host: int = 0, differs: bool = False) -> Outcome:
-    return Outcome("A 1", row, Reply("text", (1, 2), 0.5, 1000, device, host), differs)
+def outcome(row: Row, *, device: int = 0, host: int = 0, differs: bool = False, ttft_s: float = 0.5) -> Outcome:
+    return Outcome("A 1", row, Reply("text", (1, 2), ttft_s, 1000, device, host), differs)
+
+
+def stock_outcomes() -> list[Outcome]:
+    return [
+        outcome(Row.NEW, ttft_s=5.0),
+        outcome(Row.IN_HBM, device=900),
+        outcome(Row.LEFT_HBM, ttft_s=5.0),
+        outcome(Row.CHAT, differs=True),
+    ]
 
 
 def good_outcomes() -> list[Outcome]:
     return [
-        outcome(Row.COLD),
-        outcome(Row.DEVICE, device=900),
-        outcome(Row.HOST, host=900),
+        outcome(Row.NEW),
+        outcome(Row.IN_HBM, device=900),
+        outcome(Row.LEFT_HBM, host=900),
         outcome(Row.CHAT, device=100, host=300),
     ]
-
-
-def exchanges() -> demo.Exchanges:
-    reply = Reply("text", (1, 2), 5.0, 1000, 0, 0)
-    return {name: ((Message("user", name),), reply) for name in ("A 1", "chat 1")}
 
 
 # ---- what it concludes ----
 
 
 def test_a_story_that_holds_has_no_complaints() -> None:
-    assert demo.broken(good_outcomes()) == []
+    assert demo.broken(stock_outcomes(), good_outcomes()) == []
 
 
 @pytest.mark.parametrize(
     ("bad", "complaint"),
     [
-        (outcome(Row.HOST, device=900), "was to come from host memory"),
-        (outcome(Row.HOST, host=900, differs=True), "differs"),
-        (outcome(Row.DEVICE, host=900), "was to be found in HBM"),
-        (outcome(Row.COLD, host=900), "was to be cold"),
+        (outcome(Row.LEFT_HBM, device=900), "was to come from host memory"),
+        (outcome(Row.LEFT_HBM, host=900, differs=True), "differs"),
+        (outcome(Row.IN_HBM, host=900), "was to be found in HBM"),
+        (outcome(Row.NEW, host=900), "was to be new"),
         (outcome(Row.CHAT, differs=True), "differs"),
     ],
 )
 def test_a_story_that_does_not_hold_is_told(bad: Outcome, complaint: str) -> None:
-    (sentence,) = demo.broken([*good_outcomes(), bad])
+    (sentence,) = demo.broken(stock_outcomes(), [*good_outcomes(), bad])
     assert complaint in sentence
 
 
+def test_a_document_that_never_left_hbm_is_told() -> None:
+    (sentence,) = demo.broken([*stock_outcomes(), outcome(Row.LEFT_HBM, device=900)], good_outcomes())
+    assert "stock SGLang still found it there" in sentence
+
+
 def test_the_table_sums_tokens_and_compares_answers_of_each_row() -> None:
-    lines = {line.row: line for line in demo.summarize([*good_outcomes(), outcome(Row.HOST, host=8)], exchanges())}
-    host = lines[Row.HOST.value]
-    assert (host.requests, host.prompt_tokens, host.from_hbm, host.from_host) == (2, 2000, 0, 908)
-    assert host.answers_differ == 0
-    assert lines[Row.NO_CACHE.value].ttft_s == 5.0
-    assert lines[Row.NO_CACHE.value].answers_differ is None
-    assert lines[Row.CHAT_NO_CACHE.value].requests == 1
+    ours = [*good_outcomes(), outcome(Row.LEFT_HBM, host=8)]
+    lines = {line.row: line for line in demo.summarize(stock_outcomes(), ours)}
     assert list(lines) == [row.value for row in Row]
+    left = lines[Row.LEFT_HBM.value]
+    assert (left.requests, left.prompt_tokens, left.from_hbm, left.from_host) == (2, 2000, 0, 908)
+    assert (left.ttft_without_s, left.ttft_with_s) == (5.0, 0.5)
+    assert (lines[Row.CHAT.value].answers_differ, lines[Row.CHAT.value].answers_differ_without) == (0, 1)
 
 
 @pytest.mark.parametrize("differs", [False, True])
@@ -100,8 +110,8 @@ def test_the_table_sums_tokens_and_compares_answers_of_each_row() -> None:
 def test_the_exit_code_is_the_verdict(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], differs: bool
 ) -> None:
-    outcomes = [*good_outcomes(), outcome(Row.HOST, host=900, differs=differs)]
-    monkeypatch.setattr(demo, "tell", lambda *_: (outcomes, exchanges()))
+    outcomes = [*good_outcomes(), outcome(Row.LEFT_HBM, host=900, differs=differs)]
+    monkeypatch.setattr(demo, "tell", lambda *_: (stock_outcomes(), outcomes))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert demo.main(option) == int(differs)
     printed = capsys.readouterr().out
@@ -112,45 +122,60 @@ def test_the_exit_code_is_the_verdict(
         assert ("NOT AS PROMISED" in printed) is differs
 
 
-def client_that_takes(seconds: float, monkeypatch: pytest.MonkeyPatch) -> Client:
-    """Answers at once, on a clock on which every answer took that long."""
-    clock = [0.0]
-
-    def ask(_client: Client, messages: tuple[Message, ...], *, max_tokens: int) -> Reply:
-        clock[0] += seconds
-        return Reply(messages[-1].content, (len(messages), max_tokens), seconds, 10, 0, 0)
-
-    monkeypatch.setattr(Client, "ask", ask)
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    return Client("http://nowhere", Path("log"), Deadline(100))
+def test_the_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = [outcome(row, device=20_000, host=20_000, ttft_s=25.5) for row in Row]
+    demo.present(Console(width=80), demo.summarize(outcomes, outcomes), [], 1.0)
+    table = capsys.readouterr().out.partition("TTFT: median")[0]
+    assert "…" not in table
+    assert all(row.value in table for row in Row)
 
 
-@pytest.mark.parametrize(("seconds", "n_questions"), [(1.0, 3), (8.0, 2), (20.0, 1)])
-def test_a_slow_machine_asks_fewer_questions(seconds: float, n_questions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = client_that_takes(seconds, monkeypatch)
+# ---- what it asks ----
+
+
+class Scripted:
+    """A server's client that answers from what it is asked, and remembers it."""
+
+    def __init__(self, answer: str) -> None:
+        self.answer = answer
+        self.asked: list[tuple[Message, ...]] = []
+
+    def ask(self, messages: tuple[Message, ...], *, max_tokens: int) -> Reply:
+        self.asked.append(messages)
+        ids = tuple(f"{self.answer} {messages[-1].content}".encode()[:max_tokens])
+        return Reply(self.answer, ids, 0.1, 10, 0, 0)
+
+
+def follow(answer: str, answers: dict[str, demo.Ids]) -> list[Outcome]:
+    """The whole schedule, asked of a server that begins each answer with `answer`."""
+    prompts, _ = demo.chat(cast(Client, Scripted("stock")), 99, lambda _: None)
+    prompts |= demo.questions(demo_text.documents(lambda text: len(text) // 3, 2000))
+    return demo.follow(cast(Client, Scripted(answer)), demo.SCHEDULE + demo.MORE, prompts, answers, 99, lambda _: None)
+
+
+def test_every_prompt_of_the_schedule_is_there_and_answers_are_held_to_the_first() -> None:
+    answers: dict[str, demo.Ids] = {}
+    assert not any(outcome.differs for outcome in follow("stock", answers))
+    assert not any(outcome.differs for outcome in follow("stock", answers))
+    assert all(outcome.differs for outcome in follow("wrong", answers))
+
+
+def test_documents_come_first_and_chats_grow() -> None:
+    prompts, answers = demo.chat(cast(Client, Scripted("stock")), 99, lambda _: None)
+    assert [len(prompts[f"chat {turn}"]) for turn in (1, 2, 3, 4)] == [1, 3, 5, 7]
+    assert prompts["chat 2"][1] == Message("assistant", "stock")
+    assert prompts.keys() == answers.keys()
     texts = demo_text.documents(lambda text: len(text) // 3, 2000)
-    asked = demo.ask_without_cache(client, texts, 4, lambda _: None)
-    assert sum(name.startswith("A") for name in asked) == sum(name.startswith("B") for name in asked) == n_questions
-    assert sum(name.startswith("chat") for name in asked) == len(demo_text.CHAT_TURNS)
-    outcomes = demo.ask_with_cache(client, asked, 4, lambda _: None)
-    assert [outcome.row for outcome in outcomes] == [row for _, _, row in demo.SCHEDULE]
-    assert {outcome.name for outcome in outcomes} == set(asked)
-    assert not any(outcome.differs for outcome in outcomes)
-
-
-def test_another_answer_than_without_the_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    client = client_that_takes(1.0, monkeypatch)
-    texts = demo_text.documents(lambda text: len(text) // 3, 2000)
-    asked = demo.ask_without_cache(client, texts, 4, lambda _: None)
-    outcomes = demo.ask_with_cache(client, asked, 5, lambda _: None)
-    assert all(outcome.differs for outcome in outcomes)
+    asked = demo.questions(texts)
+    assert {asked[f"A {number}"][0].content for number in (1, 2, 3)} == {texts[0].text}
+    assert len({asked[name][1].content for name in asked}) == 6
 
 
 def test_both_servers_get_the_same_arguments_but_for_the_cache(tmp_path: Path) -> None:
     arguments = ["--model-path", "m", "--port", "1"]
     stock = demo.stock_server(arguments).command
     cached = demo.cached_server(arguments, tmp_path, "1GiB").command
-    assert set(stock) - set(cached) == {"--disable-radix-cache"}
+    assert set(stock) - set(cached) == set()
     assert set(cached) - set(stock) == {"--radix-cache-backend", "sgl_lmcache"}
 
 
@@ -313,10 +338,9 @@ def test_demo() -> None:
     result = json.loads(run("scripts/demo.py", *arguments, "--host-capacity", "64MiB", "--json"))
     assert result["ok"], result["failures"]
     rows = {row["row"]: row for row in result["rows"]}
-    host = rows[Row.HOST.value]
-    assert host["from_host"] > 0.8 * host["prompt_tokens"]
-    assert sum(row["answers_differ"] or 0 for row in rows.values()) == 0
-    assert rows[Row.NO_CACHE.value]["from_hbm"] == 0
+    left = rows[Row.LEFT_HBM.value]
+    assert left["from_host"] > 0.8 * left["prompt_tokens"]
+    assert sum(row["answers_differ"] for row in rows.values()) == 0
 
 
 @pytest.mark.server

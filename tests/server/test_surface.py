@@ -15,7 +15,15 @@ from sgl_lmcache.cpu.model import TINY, make_model
 from sgl_lmcache.page_size import PAGE_SIZES
 from tests.server.conftest import PLAIN, Fleet
 from tests.server.traffic import N_HBM_TOKENS, prompt, push_out
-from tests.support.server import START_TIMEOUT_S, ProcessGroup, Server, Setup, base_environment
+from tests.support.server import (
+    START_TIMEOUT_S,
+    STOP_TIMEOUT_S,
+    ProcessGroup,
+    Server,
+    Setup,
+    base_environment,
+    wait_for,
+)
 
 pytestmark = pytest.mark.server
 
@@ -107,6 +115,7 @@ def test_engine_in_this_process(tmp_path: Path) -> None:
     [
         ("bad-key", (), "tiers: [{type: host, capcity: 16MiB}]", r"tiers\[0\]\.capcity.*did you mean capacity"),
         ("bad-tier", (), "tiers: [{type: hots}]", r'tiers\[0\]\.type is "hots".*available: host'),
+        ("too-large", (), "tiers: [{type: host, capacity: 900TiB}]", r"tiers\[0\]\.capacity is .* but only .* is free"),
         ("bad-page", ("--page-size", "8"), None, r"--page-size 8 is below 16"),
     ],
 )
@@ -117,6 +126,7 @@ def test_wrong_configuration_stops_the_start(
     server = Server(Setup(name, arguments, config=config), tmp_path)
     with server.launch() as processes:
         assert processes.wait(START_TIMEOUT_S) != 0
+        wait_for("all its processes have ended", lambda: not processes.members() or None, STOP_TIMEOUT_S)
         assert re.search(sentence, processes.log()), processes.log_tail()
         assert "The server is fired up" not in processes.log()
     server.stop()

@@ -226,8 +226,7 @@ class Server:
 
     def check_alive(self) -> None:
         """Raises `ServerDiedError` with the tail of the log if the server has ended."""
-        exit_code = self.processes.exit_code()
-        if exit_code is not None:
+        if (exit_code := self.processes.exit_code()) is not None:
             raise ServerDiedError(f"{self.setup.name} ended with {exit_code}; its log:\n{self.processes.log_tail()}")
 
     def _command(self) -> list[str]:
@@ -265,7 +264,9 @@ class Server:
 
     def info(self) -> dict[str, Any]:
         """SGLang's resolved arguments, and its scheduler's state."""
-        return dict(self._get("/server_info").json())
+        response = self._http.get("/server_info")
+        self._check(response)
+        return dict(response.json())
 
     def inspect(self) -> Inspection:
         """Look into the scheduler process between two of its iterations."""
@@ -286,8 +287,8 @@ class Server:
 
         def poll() -> Inspection | None:
             seen = self.inspect()
-            busy = any(seen.requests.values()) or any(seen.open.values()) or seen.hbm["protected"]
-            return None if busy else seen
+            is_busy = any(seen.requests.values()) or any(seen.open.values()) or seen.hbm["protected"]
+            return None if is_busy else seen
 
         return wait_for("nothing is open", poll, ANSWER_TIMEOUT_S)
 
@@ -352,11 +353,6 @@ class Server:
     def flush(self) -> None:
         """Empty HBM and host memory, waiting for requests that are on their way out."""
         self._check(self._http.post("/flush_cache", params={"timeout": 30}))
-
-    def _get(self, path: str) -> httpx.Response:
-        response = self._http.get(path)
-        self._check(response)
-        return response
 
     def _check(self, response: httpx.Response) -> None:
         if not response.is_success:
