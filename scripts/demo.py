@@ -197,10 +197,10 @@ def stock_server(arguments: Sequence[str]) -> serve.Launch:
 
 
 def cached_server(arguments: Sequence[str], folder: Path, host_capacity: str) -> serve.Launch:
-    """What `sgl-lmcache serve --config FILE ...` starts."""
+    """What `sgl-lmcache serve --cache-config FILE ...` starts."""
     config = folder / "tiers.yaml"
     config.write_text(f"tiers:\n  - {{type: host, capacity: {host_capacity}}}\n", encoding="utf-8")
-    return serve.plan(["--config", str(config), *arguments], os.environ, gpu=cpu.has_gpu())
+    return serve.plan(["--cache-config", str(config), *arguments], os.environ, gpu=cpu.has_gpu())
 
 
 def chat(client: Client, n_answer: int, advance: Advance) -> tuple[dict[str, tuple[Message, ...]], dict[str, Ids]]:

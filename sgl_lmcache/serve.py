@@ -14,20 +14,19 @@ from math import prod
 from pathlib import Path
 
 from sgl_lmcache import BACKEND
+from sgl_lmcache.config import VARIABLE, from_environment
 from sgl_lmcache.cpu import cpu_arguments, cpu_environment, find_option, has_gpu
 from sgl_lmcache.errors import StartError
 
 USAGE = """\
-usage: sgl-lmcache serve [--config FILE] --model-path MODEL [any option of SGLang's server]
+usage: sgl-lmcache serve [--cache-config FILE] --model-path MODEL [any option of SGLang's server]
 
 Starts SGLang's server with the cache of sgl-lmcache; without a GPU, in CPU mode.
 
-  --config FILE  the cache's configuration (YAML); default: the file that SGL_LMCACHE_CONFIG names, or none
+  --cache-config FILE  the cache's configuration (YAML); default: the file that SGL_LMCACHE_CONFIG names, or none
 
 All other options go to SGLang as they are; `python -m sglang.launch_server --help` lists them.
 """
-
-CONFIG_VARIABLE = "SGL_LMCACHE_CONFIG"
 
 _BACKEND_FLAG = "--radix-cache-backend"
 _RANK_FLAGS = (
@@ -65,12 +64,13 @@ def main(argv: Sequence[str], *, execute: Execute = os.execve) -> int:
 def plan(argv: Sequence[str], environment: Mapping[str, str], *, gpu: bool) -> Launch:
     """What `argv` asks to be started. `--device cpu` asks for CPU mode also where there is a GPU.
 
-    Raises `StartError` for another cache backend, or a configuration file that is not there.
+    Raises `StartError` for another cache backend, and for a configuration that is not there or cannot be used.
     """
     arguments, config = _split_config(argv)
     launched = dict(environment)
     if config is not None:
-        launched[CONFIG_VARIABLE] = str(config)
+        launched[VARIABLE] = str(config)
+    from_environment(launched)
 
     backend = find_option(arguments, _BACKEND_FLAG)
     if backend is None:
@@ -85,20 +85,20 @@ def plan(argv: Sequence[str], environment: Mapping[str, str], *, gpu: bool) -> L
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    """`argv` without `--config`, and its file's absolute path; None if it was not given."""
+    """`argv` without `--cache-config`, and its file's absolute path; None if it was not given."""
     others: list[str] = []
     config: Path | None = None
     words = iter(argv)
     for word in words:
         flag, equals, value = word.partition("=")
-        if flag == "--config":
+        if flag == "--cache-config":
             config = Path(value if equals else next(words, ""))
         else:
             others.append(word)
     if config is None:
         return others, None
     if not config.is_file():
-        raise StartError(f"--config needs a file, and there is none at '{config}'.")
+        raise StartError(f"--cache-config needs a file, and there is none at '{config}'.")
     return others, config.absolute()
 
 

@@ -31,7 +31,7 @@ START_SOURCES = (
 OUR_BUGS = ("The slab is closed", "A slab needs at least 1 slot", "slot_nbytes must be")
 """What only a caller of ours can cause."""
 
-FOREIGN_OPTIONS = {"--ulimit", "--config"}
+FOREIGN_OPTIONS = {"--ulimit", "--cache-config"}
 """Docker's, and the one of `sgl-lmcache serve`."""
 
 
@@ -113,7 +113,9 @@ def test_our_commands_and_their_options_exist() -> None:
                 assert name == "--version", command
                 continue
             assert name in subcommands(), command
-            known = sglang_options() | {"--config", "--help"} if name == "serve" else _options(subcommands()[name])
+            known = (
+                sglang_options() | {"--cache-config", "--help"} if name == "serve" else _options(subcommands()[name])
+            )
             assert set(_long_options(rest)) <= known, command
     assert {"serve", "doctor", "config"} <= called
 

@@ -82,7 +82,7 @@ def server(
     config = folder / "tiers.yaml"
     config.write_text("tiers:\n  - {type: host, capacity: 2GiB}\n")
     if cached:
-        launch = serve.plan(["--config", str(config), *common], environment, gpu=cpu.has_gpu())
+        launch = serve.plan(["--cache-config", str(config), *common], environment, gpu=cpu.has_gpu())
     else:
         launch = serve.Launch(
             [sys.executable, "-m", "sglang.launch_server", *cpu.cpu_arguments(common)], cpu.cpu_environment(environment)

@@ -52,7 +52,7 @@ def test_each_rank_gets_its_share_of_the_cores(argv: list[str], n_ranks: int) ->
     assert bind.count("|") == n_ranks - 1
 
 
-@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("form", ["--cache-config {}", "--cache-config={}"])
 def test_the_configuration_goes_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     (tmp_path / "tiers.yaml").touch()
     monkeypatch.chdir(tmp_path)
@@ -61,15 +61,24 @@ def test_the_configuration_goes_by_the_environment(tmp_path: Path, monkeypatch: 
     assert launch.command == [*SERVER, *OUR_FLAG, "--port", "1"]
 
 
-def test_without_config_the_variable_stays() -> None:
-    assert plan([], {"SGL_LMCACHE_CONFIG": "old"}, gpu=True).environment["SGL_LMCACHE_CONFIG"] == "old"
+def test_without_config_the_variable_stays(tmp_path: Path) -> None:
+    old = tmp_path / "old.yaml"
+    old.touch()
+    assert plan([], {"SGL_LMCACHE_CONFIG": str(old)}, gpu=True).environment["SGL_LMCACHE_CONFIG"] == str(old)
+
+
+def test_a_configuration_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("teirs: []")
+    with pytest.raises(StartError, match=r"wrong\.yaml: teirs is not a known key; did you mean tiers\?"):
+        plan([], {"SGL_LMCACHE_CONFIG": str(wrong)}, gpu=True)
 
 
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--config", "no.yaml"], r"^--config needs a file, and there is none at 'no\.yaml'\.$"),
-        (["--config"], r"^--config needs a file, and there is none at '\.'\.$"),
+        (["--cache-config", "no.yaml"], r"^--cache-config needs a file, and there is none at 'no\.yaml'\.$"),
+        (["--cache-config"], r"^--cache-config needs a file, and there is none at '\.'\.$"),
         (["--radix-cache-backend", "lmcache"], r"^--radix-cache-backend lmcache is another cache; leave it out, or "),
     ],
 )
@@ -98,9 +107,9 @@ def test_main_becomes_the_server(
 def test_main_says_what_is_wrong_and_starts_nothing(
     executed: list[tuple[str, list[str], dict[str, str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--config", "no.yaml"], execute=lambda *call: executed.append(call)) == 2
+    assert main(["--cache-config", "no.yaml"], execute=lambda *call: executed.append(call)) == 2
     assert main(["--help"], execute=lambda *call: executed.append(call)) == 0
     assert executed == []
     captured = capsys.readouterr()
-    assert captured.err == "sgl-lmcache serve: --config needs a file, and there is none at 'no.yaml'.\n"
+    assert captured.err == "sgl-lmcache serve: --cache-config needs a file, and there is none at 'no.yaml'.\n"
     assert captured.out == serve.USAGE

@@ -32,6 +32,7 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._n_started = 0
         self._servers: dict[str, Server] = {}
 
     def get(self, setup: Setup) -> Server:
@@ -39,7 +40,8 @@ class Fleet:
         if server is None:
             while len(self._servers) >= MAX_ALIVE:
                 self._servers.pop(next(iter(self._servers))).stop()
-            server = Server(setup, self._folder / setup.name).__enter__()
+            self._n_started += 1
+            server = Server(setup, self._folder / f"{self._n_started}-{setup.name}").__enter__()
         self._servers[setup.name] = server
         server.check_alive()
         return server

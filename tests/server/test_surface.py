@@ -39,7 +39,7 @@ FLAG_ALONE = Setup(
 WITHOUT_US = Setup("without-us", PLAIN.arguments, cached=False, environment={"SGLANG_PLUGINS": "sgl_lmcache_probe"})
 """As `PLAIN`, but SGLang does not load our plug-in at all."""
 
-NOT_COMPARED = {"port", "launch_command", "internal_states"}
+NOT_COMPARED = {"port", "launch_command", "startup_time", "internal_states"}
 """What differs between two stock servers too."""
 
 

@@ -179,8 +179,8 @@ class ProcessGroup:
 class Server:
     """One server, running for as long as the context is entered.
 
-    folder: for its log, its configuration and the probe's files. All methods may be called from any thread but
-    `inspect`, which is for one at a time.
+    folder: for its log, its configuration and the probe's files; no other server may have used it. All methods may be
+    called from any thread but `inspect`, which is for one at a time.
     """
 
     def __init__(self, setup: Setup, folder: Path) -> None:
