@@ -201,9 +201,10 @@ class Engine:
         return ticket
 
     def poll_ticket(self, ticket: Ticket) -> Verdict:
-        """Decide a ticket again. Cheap once the verdict is GO."""
+        """Decide a ticket again. Pages that HBM has are not waited for. Cheap once the verdict is GO."""
         if ticket.verdict is Verdict.WAIT:
-            if not (self.index.states(ticket.rows, HOST) == State.INCOMING).any():
+            on_its_way = self.index.states(ticket.rows, HOST) == State.INCOMING
+            if not (on_its_way & (self.index.states(ticket.rows, HBM) != State.RESIDENT)).any():
                 ticket.verdict = Verdict.GO
             elif self._clock() >= ticket.deadline_s:
                 ticket.verdict = Verdict.GO

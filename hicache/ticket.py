@@ -1,6 +1,6 @@
 """A ticket: what one waiting request has asked for, and how long it may wait for it.
 
-    open -> WAIT while a page of it is still on its way into host memory
+    open -> WAIT while a page of it is still on its way into host memory, and not in HBM either
          -> GO   when all have landed or are known to be missing, or when the deadline has passed
     closed by admission, abort or reset, whichever comes first
 

@@ -18,10 +18,11 @@ Nothing here may raise for a reason outside our own bugs: an exception in the sc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, EvictParams, EvictResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from hicache import Engine, Ticket, Verdict
@@ -148,7 +149,27 @@ class TieredRadixCache(UnifiedRadixCache):
         if waiting is not None:
             self._engine.close_ticket(waiting.ticket)
 
-    # ---- HBM's mirror ----
+    # ---- HBM ----
+
+    def evict(self, params: EvictParams) -> EvictResult:
+        self._unlock_write_backs(params.num_tokens)
+        return super().evict(params)
+
+    def evict_for_alloc(
+        self, params: EvictParams, *, allocation_reclaim_satisfied: Callable[[], bool] | None = None
+    ) -> EvictResult:
+        self._unlock_write_backs(params.num_tokens)
+        return super().evict_for_alloc(params, allocation_reclaim_satisfied=allocation_reclaim_satisfied)
+
+    def _unlock_write_backs(self, n_tokens: int) -> None:
+        """SGLang needs room that pages locked by their write-back would give: wait for those copies.
+
+        They take milliseconds, and without them SGLang would retract or abort a request whose batch has no other way
+        to grow: stock SGLang would find the same pages evictable.
+        """
+        if self.linker is not None and self.linker.pending_offloads and self.evictable_size() < n_tokens:
+            self.linker.cache_linker.settle_write_backs()
+            super().check_hicache_events()
 
     def _evict_device_leaf(self, node_id: NodeId, tracker: dict[ComponentType, int]) -> BackupKV | None:
         """SGLang evicts a leaf from HBM: tell the index before the node is gone."""

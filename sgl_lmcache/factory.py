@@ -22,7 +22,15 @@ from sglang.srt.mem_cache.registry import (
     create_unified_radix_cache,
     default_radix_cache_factory,
 )
-from sglang.srt.runtime_context import get_context, get_disagg, get_memory, get_parallel, get_spec
+from sglang.srt.runtime_context import (
+    get_context,
+    get_disagg,
+    get_exec,
+    get_memory,
+    get_parallel,
+    get_serving,
+    get_spec,
+)
 
 from hicache import Engine
 from radix import HOST, Index
@@ -105,8 +113,12 @@ def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
         raise RefusedError("Mamba layers keep states, not pages")
     if memory.enable_hierarchical_cache or memory.enable_hisparse or memory.enable_unified_memory:
         raise RefusedError("--enable-hierarchical-cache, HiSparse and unified memory manage host memory themselves")
-    if disagg.disaggregation_mode == "decode":
-        raise RefusedError("a decode server of a disaggregated pair never asks its cache for stored pages")
+    if disagg.disaggregation_mode != "null" or disagg.enable_pdmux:
+        raise RefusedError("disaggregated and multiplexed prefill and decode call a cache in ways not supported yet")
+    if get_serving().enable_streaming_session:
+        raise RefusedError("streaming sessions keep KV outside the radix cache (--enable-streaming-session)")
+    if get_exec().dllm.dllm_algorithm is not None:
+        raise RefusedError("diffusion language models never start what they ask the cache to restore")
     if not (memory.enable_unified_cache_external_linker and memory.enable_lmcache):
         raise StartError(
             "sgl_lmcache: the hook on Scheduler.__init__ has not run, so SGLang would never ask for stored pages; "

@@ -188,6 +188,12 @@ class Linker:
 
     def start_layer_wise_loading(self) -> int:
         """Start all queued restores as one layer-wise copy. Returns its index for the layer counter, -1 for none."""
+        index = self._start_queued_loads()
+        # Generation sets the consumer again, to the same; the forward of an embedding model never does.
+        self.layer_done_counter.set_consumer(index)
+        return index
+
+    def _start_queued_loads(self) -> int:
         if not self._queued:
             return -1
         loads = tuple(self._queued.values())
@@ -202,7 +208,7 @@ class Linker:
         """After the forward was launched: when this returns, no later device work can overtake the restore."""
         copy = self.layer_done_counter.remove(counter_index)
         if copy is None:
-            return True
+            return not self._queued  # a load that was never started has not landed
         try:
             copy.wait_layer(self.layer_done_counter.num_layers - 1)
         except CopyError:
@@ -211,6 +217,10 @@ class Linker:
         finally:
             self.collect_restores()
         return True
+
+    def settle_write_backs(self) -> None:
+        """Wait until every write-back is done. Blocks for the copies in flight, a bounded number of bytes."""
+        self.copies.quiesce()
 
     def collect_restores(self) -> None:
         """End the leases of restores whose copies have stopped reading the slab. Cheap when there are none."""
@@ -245,7 +255,10 @@ class Linker:
         self._slab.close()
 
     def _pages(self, device_indices: torch.Tensor) -> Pages:
-        """Token rows of whole pages -> device page numbers. On a GPU this waits for the (short) schedule stream."""
+        """Token rows of whole pages -> device page numbers.
+
+        On a GPU this waits for the schedule stream, which with overlap scheduling may wait for the forward in flight.
+        """
         first_rows = device_indices[:: self._page_size].cpu().numpy()
         pages: Pages = first_rows // self._page_size
         return pages

@@ -37,7 +37,9 @@ def register() -> None:
 
 
 def _before_resolution(server_args: ServerArgs) -> None:
-    if server_args.radix_cache_backend != BACKEND or getattr(server_args, "_resolution_finished", False):
+    if server_args.radix_cache_backend != BACKEND or server_args.disable_radix_cache:
+        return
+    if getattr(server_args, "_resolution_finished", False):
         return
     from sgl_lmcache.config import from_environment
     from sgl_lmcache.page_size import set_page_size

@@ -4,11 +4,11 @@ Three things differ from the original, each for a reason met in practice:
 
 - `match` drops the request's old hit marker first. The original keeps it when nothing is found; a stale marker is
   preferred by the next load and lives for ever if the request is then served from HBM.
-- `match` keeps the tail's hashes per waiting request. SGLang matches every waiting request in every scheduler
+- `match` keeps the tail's keys per waiting request. SGLang matches every waiting request in every scheduler
   iteration, and the hashes change only when the HBM hit or the prompt does.
 - a write-back is given its parent, and where host memory does not hold that parent, the whole path instead. SGLang
   offers a node once in its life in HBM, so pages that host memory has evicted meanwhile would otherwise be lost for
-  good, and with them everything below.
+  good, and with them everything below. (A path longer than all of host memory is not offered again.)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     _PendingOffload,
 )
 
-from sgl_lmcache.keys import KEY_NBYTES, to_blob
+from sgl_lmcache.keys import KEY_NBYTES, to_blob, to_hashes
 from sgl_lmcache.linker import Linker
 
 if TYPE_CHECKING:
@@ -40,10 +40,9 @@ class Tail:
     """What a request lacks in HBM: whole pages after its device hit, below the page `anchor` (None: the root)."""
 
     req: Req
-    n_tokens: int
+    n_pages: int
     device_hit_len: int
     anchor: bytes | None
-    hashes: list[str]
     keys: bytes
 
 
@@ -74,17 +73,18 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
         n_pages = self._engine.lookup(tail.keys)
         if n_pages == 0:
             return result
-        self.hit_markers[req.rid] = ExternalCacheHitMarker(tail.hashes[:n_pages], tail.device_hit_len)
+        self.hit_markers[req.rid] = ExternalCacheHitMarker(to_hashes(tail.keys, n_pages), tail.device_hit_len)
         return result._replace(last_host_node=result.best_match_node, host_hit_length=n_pages * self.cache.page_size)
 
     def _tail(self, key: RadixKey, req: Req, result: MatchResult) -> Tail | None:
         """The request's tail, from the last match if it still holds. None: SGLang has no hash to chain it to."""
         device_hit_len = result.device_prefix_len
+        n_pages = len(key) // self.cache.page_size
         known = self.tails.get(req.rid)
         if (
             known is not None
             and known.req is req
-            and known.n_tokens == len(key)
+            and known.n_pages == n_pages
             and known.device_hit_len == device_hit_len
         ):
             return known
@@ -94,8 +94,8 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
             if anchor_hash is None:
                 return None
             anchor = bytes.fromhex(anchor_hash)
-        hashes = self._tail_hashes(key, result, device_hit_len)
-        tail = Tail(req, len(key), device_hit_len, anchor, hashes, to_blob(hashes))
+        keys = to_blob(self._tail_hashes(key, result, device_hit_len))
+        tail = Tail(req, n_pages, device_hit_len, anchor, keys)
         self.tails[req.rid] = tail
         return tail
 
@@ -110,7 +110,7 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
         parent_hash = core.get_last_hash_value(path[-1].parent_id)
         parent = bytes.fromhex(parent_hash) if parent_hash else None
         device_indices = kv.device_indices
-        if not self._engine.holds(parent):
+        if not self._engine.holds(parent) and path[-1].path_end <= self._engine.host.n_slots * self.cache.page_size:
             parent = None
             keys = to_blob(core.get_prefix_hash_values(node_id)) + keys
             device_indices = core.collect_full_device_indices(node_id, path[0].parent_id)

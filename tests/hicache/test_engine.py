@@ -198,6 +198,10 @@ def test_a_ticket_waits_for_pages_on_their_way_and_goes_when_they_land(clock: Cl
     offload = engine.begin_offload(keys)
     assert offload is not None
     ticket = engine.open_ticket(keys, None, 5.0)
+    assert engine.poll_ticket(ticket) is Verdict.GO, "HBM has all of them"
+    engine.close_ticket(ticket)
+    engine.hbm_evicted(keys)
+    ticket = engine.open_ticket(keys, None, 5.0)
     assert engine.poll_ticket(ticket) is Verdict.WAIT
     engine.finish_offload(offload, landed=True)
     assert engine.poll_ticket(ticket) is Verdict.GO
@@ -209,7 +213,9 @@ def test_a_ticket_goes_when_what_it_waits_for_fails(clock: Clock) -> None:
     keys = path_keys("abcd")
     offload = engine.begin_offload(keys)
     assert offload is not None
+    engine.hbm_evicted(keys)
     ticket = engine.open_ticket(keys, None, 5.0)
+    assert engine.poll_ticket(ticket) is Verdict.WAIT
     engine.finish_offload(offload, landed=False)
     assert engine.poll_ticket(ticket) is Verdict.GO
     engine.close_ticket(ticket)
@@ -222,6 +228,7 @@ def test_a_ticket_goes_at_its_deadline_and_not_before(clock: Clock) -> None:
     keys = path_keys("abcd")
     offload = engine.begin_offload(keys)
     assert offload is not None
+    engine.hbm_evicted(keys)
     ticket = engine.open_ticket(keys, None, 5.0)
     clock.now_s = 4.999
     assert engine.poll_ticket(ticket) is Verdict.WAIT

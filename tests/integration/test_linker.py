@@ -86,10 +86,21 @@ def test_loads_of_one_batch_are_one_copy_and_end_their_leases(real: RealCache) -
     assert linker.load("first", transfer(first, 5, 6))
     assert linker.load("second", transfer(second, 7, 8))
     index = linker.start_layer_wise_loading()
+    assert linker.layer_done_counter.consumer_index == index, "the forward of an embedding model never sets it"
     assert linker.start_layer_wise_loading() == -1
+    assert linker.layer_done_counter.consumer_index == -1
     assert linker.finish_layer_wise_loading(index)
     assert torch.equal(real.pool.k_buffer[0][rows_of(5, 6, 7, 8)], real.pool.k_buffer[0][rows_of(1, 2, 3, 4)])
     real.engine.reset()  # refuses while anything is leased
+
+
+def test_a_load_that_was_never_started_has_not_landed(real: RealCache) -> None:
+    keys = path_keys("ab")
+    store(real.linker, keys, 1, 2)
+    assert real.linker.finish_layer_wise_loading(-1)
+    assert real.linker.load("r", transfer(keys, 3, 4))
+    assert not real.linker.finish_layer_wise_loading(-1)
+    assert real.linker.cancel_queued_load("r")
 
 
 def test_a_page_that_has_gone_means_recompute(real: RealCache) -> None:

@@ -184,3 +184,28 @@ def test_500_random_branching_requests(tree_core: str, seed: int) -> None:
     if tree_core == "python":
         assert tree_keys(real) == index_keys(real, HBM)
     real.close()
+
+
+def test_pages_locked_by_their_write_back_give_way_when_hbm_is_short(real: RealCache) -> None:
+    """Stock SGLang would find them evictable, and abort or retract a request for want of them otherwise."""
+    first, second = request("first", tokens(1, 40 * PAGE)), request("second", tokens(2, 40 * PAGE))
+    real.arrive(first)
+    real.arrive(second)
+    real.iterate()
+    assert real.admit(first) is not None
+    assert real.cache.linker is not None
+    assert real.cache.linker.pending_offloads, "nothing has been acknowledged in between"
+    assert real.admit(second) is not None
+    real.settle()
+    real.check()
+
+
+def test_a_prompt_longer_than_host_memory_is_not_offered_whole_again_and_again(tree_core: str) -> None:
+    real = RealCache(n_device_pages=64, n_slots=8, page_size=PAGE, tree_core=tree_core)
+    prompt = tokens(1, 20 * PAGE + 1)
+    run(real, "first", prompt)
+    offered = real.engine.stats.offered
+    run(real, "longer", prompt + tokens(2, 2 * PAGE))
+    assert real.engine.stats.offered - offered == 2
+    real.check()
+    real.close()
