@@ -32,16 +32,16 @@ def test_32_at_once_twice(cached: Server, plain: Server, tolerances: Tolerances)
 
 def test_retraction(cached: Server, plain: Server, tolerances: Tolerances) -> None:
     """Decodes outgrow HBM: SGLang takes some back into the queue, and they find what they had computed."""
-    prompts = [prompt(("retracted", number), 64) for number in range(14)]
+    prompts = [prompt(("retracted", number), 64) for number in range(32)]
     before = cached.at_rest()
     n_lines = len(cached.log_lines("Retract requests"))
-    answers = cached.generate_all(prompts, 450, ignore_eos=False)
+    answers = cached.generate_all(prompts, 250, ignore_eos=False)
     after = cached.at_rest()
 
     assert len(cached.log_lines("KV cache pool is full. Retract requests")) > n_lines
     assert after.stats["restored"] > before.stats["restored"]
     assert min(len(answer.tokens) for answer in answers) > 64
-    for answer, reference in zip(answers, plain.generate_all(prompts, 450, ignore_eos=False), strict=True):
+    for answer, reference in zip(answers, plain.generate_all(prompts, 250, ignore_eos=False), strict=True):
         tolerances.batched.check(answer, reference)
 
 
