@@ -90,7 +90,7 @@ def tolerances(fleet: Fleet) -> Tolerances:
     """Measured on stock SGLang. Alone, a hit in HBM is compared with the cold answer.
 
     In a batch a row of a matrix product may be summed in another order, and the batch's make-up is a matter of timing.
-    What is measured is the greatest of a sample, which another sample may well exceed: hence twice that.
+    What is measured is the greatest of a sample, which another sample may well exceed: hence three times that.
     """
     server = fleet.get(PLAIN)
     prompts = [prompt(("tolerance", number), 100 + 31 * number) for number in range(16)]
@@ -107,7 +107,7 @@ def tolerances(fleet: Fleet) -> Tolerances:
         batched = max(batched, greatest_gap(server.generate_all(prompts, 12, n_at_once=n_at_once), cold))
     assert all(answer.cached_tokens == 0 for answer in cold)
     assert all(answer.cached_tokens == reusable(tokens) for tokens, answer in zip(prompts, hot, strict=True))
-    return Tolerances(Tolerance(greatest_gap(hot, cold)), Tolerance(2 * batched))
+    return Tolerances(Tolerance(greatest_gap(hot, cold)), Tolerance(3 * batched))
 
 
 def check_at_rest(server: Server) -> Inspection:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from tests.server.conftest import Tolerances, check_at_rest
-from tests.server.traffic import Prompt, prompt
+from tests.server.traffic import Prompt, greatest_gap, prompt
 from tests.support.server import Answer, Server
 
 pytestmark = pytest.mark.server
@@ -31,7 +31,10 @@ def test_32_at_once_twice(cached: Server, plain: Server, tolerances: Tolerances)
 
 
 def test_retraction(cached: Server, plain: Server, tolerances: Tolerances) -> None:
-    """Decodes outgrow HBM: SGLang takes some back into the queue, and they find what they had computed."""
+    """Decodes outgrow HBM: SGLang takes some back into the queue, and computes what they had decoded by prefill.
+
+    Stock SGLang's own answers then depend on who was taken back when, so it is compared with itself on this workload.
+    """
     prompts = [prompt(("retracted", number), 64) for number in range(32)]
     before = cached.at_rest()
     n_lines = len(cached.log_lines("Retract requests"))
@@ -39,10 +42,12 @@ def test_retraction(cached: Server, plain: Server, tolerances: Tolerances) -> No
     after = cached.at_rest()
 
     assert len(cached.log_lines("KV cache pool is full. Retract requests")) > n_lines
-    assert after.stats["restored"] > before.stats["restored"]
+    assert after.stats["offloaded"] > before.stats["offloaded"]
     assert min(len(answer.tokens) for answer in answers) > 64
-    for answer, reference in zip(answers, plain.generate_all(prompts, 250, ignore_eos=False), strict=True):
-        tolerances.batched.check(answer, reference)
+    references = plain.generate_all(prompts, 250, ignore_eos=False)
+    again = plain.generate_all(prompts[::-1], 250, ignore_eos=False)[::-1]
+    own_gap = max(greatest_gap(again, references), tolerances.batched.logprob)
+    assert greatest_gap(answers, references) <= 2 * own_gap
 
 
 N_REQUESTS = 520
