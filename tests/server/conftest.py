@@ -51,7 +51,7 @@ class Fleet:
             self._servers.popitem()[1].stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(tmp_path_factory.mktemp("servers"))
     try:
@@ -85,7 +85,7 @@ class Tolerances:
     batched: Tolerance
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tolerances(fleet: Fleet) -> Tolerances:
     """Measured on stock SGLang. Alone, a hit in HBM is compared with the cold answer.
 
