@@ -3,6 +3,7 @@
 from hicache.engine import Engine, Offload, Restore
 from hicache.host import HostTier
 from hicache.null import NullTier
+from hicache.prefills import Prefill
 from hicache.stats import Stats
 from hicache.ticket import Ticket, Verdict
 from hicache.tier import Batch, Capacity, Health, Tier, TierError
@@ -15,6 +16,7 @@ __all__ = [
     "HostTier",
     "NullTier",
     "Offload",
+    "Prefill",
     "Restore",
     "Stats",
     "Ticket",

@@ -14,8 +14,12 @@ Three rules make the host tier usable as a promise to SGLang:
   closed, and a lookup is one walk that stops at the first page that is not resident.
 - What a lookup has reported cannot be evicted in the same tick, because SGLang evicts and allocates between its lookup
   and its load. The caller ticks once a scheduler iteration.
-- Nothing here depends on the wall clock but a ticket's deadline, and nothing on a thread: all methods run on the one
-  thread that owns the engine. Copies that end on other threads are reported by that thread.
+- Every decision is a function of the calls and their order. So the ranks of a server, which make the same calls, hold
+  the same pages in the same slots without asking each other. What they cannot know alike (that a copy has ended, that
+  time is up) they agree on before they report it here: `n_overdue` asks, `expire` tells. `digest` condenses all
+  decisions into one number, by which ranks can see that they still agree.
+
+All methods run on the one thread that owns the engine.
 """
 
 from __future__ import annotations
@@ -27,11 +31,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hicache.host import HostTier, Slots
+from hicache.prefills import Prefill, Prefills
 from hicache.stats import Stats
 from hicache.ticket import Ticket, Verdict
-from radix import HBM, HOST, ROOT, Index, IndexFull, Rows, State
+from hicache.waits import Waits
+from radix import HBM, HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 
 NO_ROWS: Rows = np.empty(0, dtype=np.int32)
+
+FOLLOW_TIMEOUT_S = 60.0
+"""How long a request may wait for pages that another is computing. A request that runs makes progress or ends, and both
+release its followers; this bounds what a fault in that reasoning could cost."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +66,7 @@ class Engine:
 
     index: the radix index, with a policy for the host tier. The engine is its only writer.
     n_slots: host slots, 1 or more.
+    ticket_timeout_s: how long a request may wait for pages on their way into host memory.
     max_leased_share: how much of the host tier waiting requests may pin together, from 0 to 1. Beyond it a ticket opens
         without leases: its request still hits what is there when it is admitted, but the pages may leave before that.
     clock: monotonic seconds, for deadlines only.
@@ -67,15 +78,20 @@ class Engine:
         n_slots: int,
         *,
         clock: Callable[[], float],
+        ticket_timeout_s: float = 5.0,
         max_leased_share: float = 0.5,
     ) -> None:
         self.stats = Stats()
         self.index = index
         self.host = HostTier(index, n_slots, self.stats)
-        self._clock = clock
+        self.tainted = False
+        self.digest = 0
         self._max_leased = int(n_slots * max_leased_share)
         self._n_leased = 0
         self._tickets: set[Ticket] = set()
+        self._arriving: Waits[Ticket] = Waits(ticket_timeout_s, clock)
+        self._following: Waits[Ticket] = Waits(FOLLOW_TIMEOUT_S, clock)
+        self._prefills = Prefills(index)
         self._n_copying = 0
 
     # ---- write-back ----
@@ -94,10 +110,14 @@ class Engine:
         Returns None when there is nothing to copy: all are held, or none may be admitted now (counted in `stats`).
         A run below a parent that is not held is mirrored but not admitted; offer it again with its path from the root.
         """
-        self.stats.offered += len(keys) // 32
+        n_pages = len(keys) // KEY_NBYTES
+        self.stats.offered += n_pages
         rows = self._mirror(keys, parent)
+        if self.tainted:
+            self.stats.skipped_tainted += n_pages
+            return None
         if rows is None:
-            self.stats.skipped_full += len(keys) // 32
+            self.stats.skipped_full += n_pages
             return None
         self.index.touch_path(int(rows[-1]))
         absent = ~self.host.held(rows)
@@ -112,12 +132,14 @@ class Engine:
             return None
         self.index.lease(admitted)
         self._n_copying += 1
-        return Offload(admitted, positions[: len(admitted)], self.host.slots(admitted))
+        offload = Offload(admitted, positions[: len(admitted)], self.host.slots(admitted))
+        self._decided(len(offload.slots), int(offload.slots[0]), int(offload.slots[-1]))
+        return offload
 
     def skip_offload(self, keys: bytes, parent: bytes | None = None) -> None:
         """As `begin_offload`, for pages that the caller cannot copy now: they are known to be in HBM, and counted."""
-        self.stats.offered += len(keys) // 32
-        self.stats.skipped_pressure += len(keys) // 32
+        self.stats.offered += len(keys) // KEY_NBYTES
+        self.stats.skipped_pressure += len(keys) // KEY_NBYTES
         self._mirror(keys, parent)
 
     def finish_offload(self, offload: Offload, *, landed: bool) -> None:
@@ -163,16 +185,19 @@ class Engine:
     def lookup(self, keys: bytes) -> int:
         """How many pages at the head of `keys` can be restored now. They stay until the tick after this one."""
         self.stats.lookups += 1
+        if self.tainted:
+            return 0
         rows = self.index.match(keys)
         n_pages = self.index.resident_prefix(rows, HOST)
         if n_pages:
             self.index.touch_path(int(rows[n_pages - 1]))
+        self._decided(n_pages)
         return n_pages
 
     def begin_restore(self, keys: bytes) -> Restore | None:
         """Lease pages that a lookup of this tick has reported. None if one of them is not there: nothing is leased."""
         rows = self.index.match(keys)
-        if self.index.resident_prefix(rows, HOST) * 32 != len(keys):
+        if self.tainted or self.index.resident_prefix(rows, HOST) * KEY_NBYTES != len(keys):
             return None
         self.index.lease(rows)
         self._n_copying += 1
@@ -187,35 +212,85 @@ class Engine:
 
     # ---- tickets ----
 
-    def open_ticket(self, keys: bytes, parent: bytes | None, timeout_s: float) -> Ticket:
+    def open_ticket(self, keys: bytes, parent: bytes | None) -> Ticket:
         """A request waits for these pages below `parent`: lease what host memory has of its whole path."""
         self.stats.tickets += 1
-        rows = self._held_path(keys, parent)
+        rows = NO_ROWS if self.tainted else self._held_path(keys, parent)
         if self._n_leased + len(rows) > self._max_leased:
             self.stats.tickets_unleased += 1
             rows = NO_ROWS
         self.index.lease(rows)
         self._n_leased += len(rows)
-        ticket = Ticket(rows, self._clock() + timeout_s, Verdict.WAIT)
+        ticket = Ticket(rows, Prefill(keys))
         self._tickets.add(ticket)
+        if self._is_arriving(ticket):
+            ticket.verdict = Verdict.WAIT
+            self._arriving.add(ticket)
         return ticket
 
-    def poll_ticket(self, ticket: Ticket) -> Verdict:
-        """Decide a ticket again. Pages that HBM has are not waited for. Cheap once the verdict is GO."""
+    def admit(self, ticket: Ticket) -> bool:
+        """An admission attempt: whether the request of `ticket` may go into a batch of this pass.
+
+        Not while a page of it arrives in host memory, nor while another request computes what it lacks.
+        """
         if ticket.verdict is Verdict.WAIT:
-            on_its_way = self.index.states(ticket.rows, HOST) == State.INCOMING
-            if not (on_its_way & (self.index.states(ticket.rows, HBM) != State.RESIDENT)).any():
-                ticket.verdict = Verdict.GO
-            elif self._clock() >= ticket.deadline_s:
-                ticket.verdict = Verdict.GO
-                self.stats.tickets_expired += 1
-        return ticket.verdict
+            return False
+        if self._prefills.enter(ticket.prefill):
+            self._following.discard(ticket)
+            return True
+        if ticket not in self._following:
+            self.stats.followers += 1
+            self._following.add(ticket)
+        return False
+
+    def launch(self, ticket: Ticket) -> Prefill:
+        """The request's batch has been launched: its ticket is closed. `end_prefill` what this returns, once."""
+        self.close_ticket(ticket)
+        self._prefills.launch(ticket.prefill)
+        return ticket.prefill
+
+    def end_prefill(self, prefill: Prefill) -> None:
+        """The request has ended, however it did; whoever waits for its pages goes on without it."""
+        self._prefills.end(prefill)
 
     def close_ticket(self, ticket: Ticket) -> None:
-        """End a ticket's leases. A ticket is closed once."""
+        """End a ticket's leases. A ticket is closed once; the prefill of one that was never launched ends with it."""
         self._tickets.remove(ticket)
+        self._arriving.discard(ticket)
+        self._following.discard(ticket)
+        self._prefills.end(ticket.prefill)
         self.index.release(ticket.rows)
         self._n_leased -= len(ticket.rows)
+
+    def poll_tickets(self) -> None:
+        """Let go whose pages have all arrived. Cheap when nobody waits."""
+        for ticket in self._arriving.waiting():
+            if not self._is_arriving(ticket):
+                self._arriving.discard(ticket)
+                ticket.verdict = Verdict.GO
+
+    @property
+    def n_waiting(self) -> int:
+        """How many tickets have a deadline now."""
+        return len(self._arriving) + len(self._following)
+
+    def n_overdue(self) -> tuple[int, int]:
+        """By this process's clock: how many have waited their time for pages to arrive, and for another's prefill."""
+        return self._arriving.n_overdue(), self._following.n_overdue()
+
+    def expire(self, n_arriving: int, n_following: int) -> None:
+        """Let those go whom the ranks have agreed to be overdue, as `n_overdue` counts them."""
+        for ticket in self._arriving.expire(n_arriving):
+            ticket.verdict = Verdict.GO
+            self.stats.tickets_expired += 1
+        for ticket in self._following.expire(n_following):
+            self._prefills.refuse(ticket.prefill)
+            self.stats.followers_expired += 1
+
+    def _is_arriving(self, ticket: Ticket) -> bool:
+        """Whether a page of it is on its way into host memory. Pages that HBM has are not waited for."""
+        arriving = self.index.states(ticket.rows, HOST) == State.INCOMING
+        return bool((arriving & (self.index.states(ticket.rows, HBM) != State.RESIDENT)).any())
 
     def _held_path(self, keys: bytes, parent: bytes | None) -> Rows:
         """The rows from the root to the deepest page that host memory holds or receives on this path."""
@@ -231,17 +306,30 @@ class Engine:
 
     # ---- life ----
 
+    def taint(self) -> None:
+        """What is in HBM or in host memory may be wrong: promise nothing and keep nothing until the next `reset`."""
+        self.tainted = True
+
+    def _decided(self, *numbers: int) -> None:
+        self.digest = hash((self.digest, *numbers))
+
     def tick(self) -> None:
         """A new scheduler iteration: what the last one looked up may be evicted again."""
         self.index.tick()
 
     def reset(self) -> None:
-        """Drop everything, in HBM's mirror and in host memory. No copy may be running: the caller quiesces first."""
+        """Drop everything, in HBM's mirror and in host memory, and a taint with it.
+
+        No copy may be running: the caller quiesces first. Prefills that run go on, and lead nobody any more.
+        """
         assert self._n_copying == 0, f"{self._n_copying} copies have begun and not finished"
         for ticket in tuple(self._tickets):
             self.close_ticket(ticket)
+        self._prefills.clear()
         self.index.clear()
         self.host.clear()
+        self.tainted = False
+        self.digest = 0
         self.stats.resets += 1
 
     def check_invariants(self) -> None:

@@ -21,6 +21,8 @@ class Stats:
     """Offered pages for which no slot could be had: all were leased or in use by the current pass."""
     skipped_pressure: int = 0
     """Offered pages that were not queued because too many bytes were waiting to be copied."""
+    skipped_tainted: int = 0
+    """Offered pages that were not kept because new weights had come in and nothing had been dropped yet."""
     evicted: int = 0
     """Pages evicted from host memory to make room."""
     restored: int = 0
@@ -33,5 +35,9 @@ class Stats:
     """Tickets whose deadline passed before their pages had landed (not pages)."""
     tickets_unleased: int = 0
     """Tickets opened without leases because waiting requests already held their share of host memory (not pages)."""
+    followers: int = 0
+    """Times that a request began to wait for pages that another was computing (not pages)."""
+    followers_expired: int = 0
+    """Times that such a wait took too long and was given up (not pages)."""
     resets: int = 0
     """Times that everything was dropped (not pages)."""

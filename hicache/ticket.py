@@ -1,11 +1,12 @@
-"""A ticket: what one waiting request has asked for, and how long it may wait for it.
+"""A ticket: what one waiting request has asked for, and whether it may be admitted.
 
     open -> WAIT while a page of it is still on its way into host memory, and not in HBM either
-         -> GO   when all have landed or are known to be missing, or when the deadline has passed
+         -> GO   when all have landed or are known to be missing, or when the ranks agree that its time is up
     closed by admission, abort or reset, whichever comes first
 
 A ticket leases every page of its path that host memory holds or is receiving, those that are in HBM as well: they may
-leave HBM while the request waits, and SGLang asks only once. The verdict never goes back from GO to WAIT.
+leave HBM while the request waits, and SGLang asks only once. The verdict never goes back from GO to WAIT; a request
+whose ticket says GO may still stay in the queue behind the prefill of another (`hicache.prefills`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from hicache.prefills import Prefill
 from radix import Rows
 
 
@@ -28,5 +30,5 @@ class Ticket:
     """Owned by the engine. `rows` are leased until the engine closes the ticket; empty if it holds no lease."""
 
     rows: Rows
-    deadline_s: float
-    verdict: Verdict
+    prefill: Prefill
+    verdict: Verdict = Verdict.GO

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-KEY_NBYTES = 32
+from radix import KEY_NBYTES
 
 
 class TierError(Exception):

@@ -6,13 +6,14 @@
 
 from radix.columns import ROOT, Rows
 from radix.errors import IllegalTransition, IndexFull, NotLeased, RadixError, StillHeld
-from radix.index import Evicted, Index
+from radix.index import KEY_NBYTES, Evicted, Index
 from radix.policy import POLICIES, Policy
 from radix.residency import HBM, HOST, MAX_TIERS, State
 
 __all__ = [
     "HBM",
     "HOST",
+    "KEY_NBYTES",
     "MAX_TIERS",
     "POLICIES",
     "ROOT",

@@ -124,9 +124,11 @@ class Index:
         self._check_tier(tier)
         return (self._columns.residency.take(rows) >> np.uint8(2 * tier)) & np.uint8(3)
 
-    def resident_prefix(self, rows: Rows, tier: int) -> int:
-        """How many pages at the head of `rows` are RESIDENT on the tier."""
-        missing = self.states(rows, tier) != State.RESIDENT
+    def resident_prefix(self, rows: Rows, *tiers: int) -> int:
+        """How many pages at the head of `rows` are RESIDENT on the tier; of several tiers, each page on any of them."""
+        missing = np.ones(len(rows), np.bool_)
+        for tier in tiers:
+            missing &= self.states(rows, tier) != State.RESIDENT
         return int(missing.argmax()) if missing.any() else len(rows)
 
     def count(self, tier: int, state: State) -> int:

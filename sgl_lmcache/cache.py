@@ -10,24 +10,28 @@ makes for caches with an external store, in the order in which they come:
     finish_external_linker_loads   its batch has been launched: the ticket has served
     on_release, release_aborted_request   the request is over
 
-Verdicts about tickets are taken in one place, `check_hicache_events`, and only read elsewhere: whatever depends on a
-clock or a thread must be agreed on between ranks before anybody acts on it, and there it can be.
+What depends on a clock or a thread is looked at in one place, `_agree`, where the ranks take one answer; all else
+follows from the order of these calls, which is the same on every rank.
 
 Nothing here may raise for a reason outside our own bugs: an exception in the scheduler ends the server.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, EvictParams, EvictResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_serving
 
-from hicache import Engine, Ticket, Verdict
+from hicache import Engine, Prefill, Ticket
 from sgl_lmcache.keys import to_blob
 from sgl_lmcache.linker import Linker
+from sgl_lmcache.namespace import Namespace
+from sgl_lmcache.ranks import UNKNOWN, OneRank, Ranks
 from sgl_lmcache.wrapper import TieredLinkerWrapper
 
 if TYPE_CHECKING:
@@ -36,6 +40,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.cache_action import BackupKV
     from sglang.srt.mem_cache.unified_cache.components import ComponentType
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +59,18 @@ class TieredRadixCache(UnifiedRadixCache):
 
     def __init__(self, params: CacheInitParams) -> None:
         self._waiting: dict[str, _Waiting] = {}
-        self._ticket_timeout_s = 0.0
+        self._prefills: dict[str, Prefill] = {}
+        self._ranks: Ranks = OneRank()
+        self._in_weight_session = False
+        self.namespace: Namespace | None = None
+        self._weight_version: str | None = None
         super().__init__(params)
 
-    def attach(self, linker: Linker, *, ticket_timeout_s: float) -> None:
-        """Turn the tiers on. ticket_timeout_s: how long a request may wait for pages on their way to host memory."""
-        self._ticket_timeout_s = ticket_timeout_s
+    def attach(self, linker: Linker, namespace: Namespace, ranks: Ranks) -> None:
+        """Turn the tiers on. ranks: those that hold shards of the same pages."""
+        self._ranks = ranks
+        self.namespace = namespace
+        self._weight_version = get_serving().weight_version
         self.init_cache_linker(linker)
 
     def init_cache_linker(self, cache_linker: Linker) -> None:
@@ -98,25 +110,38 @@ class TieredRadixCache(UnifiedRadixCache):
         tail = self.linker.tails.get(request.rid)
         if tail is None:
             return
-        ticket = self._engine.open_ticket(tail.keys, tail.anchor, self._ticket_timeout_s)
-        self._engine.poll_ticket(ticket)
-        self._waiting[request.rid] = _Waiting(request, ticket)
+        self._waiting[request.rid] = _Waiting(request, self._engine.open_ticket(tail.keys, tail.anchor))
 
     def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
-        """Whether the request may be admitted. True for requests that have no ticket."""
+        """Whether the request may be admitted in this pass. True for requests that have no ticket."""
         waiting = self._waiting.get(request.rid)
-        return waiting is None or waiting.handle != request or waiting.ticket.verdict is Verdict.GO
+        return waiting is None or waiting.handle != request or self._engine.admit(waiting.ticket)
 
     def check_hicache_events(self) -> None:
         """Once a scheduler iteration, busy or idle. Constant time when nothing is pending."""
         if self.linker is None:
             return
         self._engine.tick()
-        if self.linker.pending_offloads:
-            super().check_hicache_events()
-        self.linker.cache_linker.collect_restores()
-        for waiting in self._waiting.values():
-            self._engine.poll_ticket(waiting.ticket)
+        if self.linker.cache_linker.is_copying or self._engine.n_waiting:
+            self._agree()
+            self._engine.poll_tickets()
+
+    def _agree(self) -> None:
+        """One reduction: learn what has ended on every rank and whose time is up, and act on it."""
+        assert self.linker is not None
+        linker, engine = self.linker.cache_linker, self._engine
+        mine = linker.progress()
+        overdue = engine.n_overdue() if self._ranks.is_first else (UNKNOWN, UNKNOWN)
+        digest = engine.digest % UNKNOWN
+        seen = (mine.n_ended, mine.n_landed, mine.n_restored, *overdue, digest, -digest)
+        n_ended, n_landed, n_restored, n_arriving, n_following, lowest, highest = self._ranks.minimum(seen)
+        if lowest != -highest and not engine.tainted:
+            logger.error("The ranks no longer agree on what is kept: nothing is promised or kept until /flush_cache")
+            engine.taint()
+        # A write-back that has ended everywhere, but not well everywhere, has failed.
+        self.linker.acknowledge(n_landed=n_landed, n_failed=int(n_ended > n_landed))
+        linker.end_restores(n_restored)
+        engine.expire(n_arriving, n_following)
 
     def ready_to_load_host_cache(self) -> int:
         return -1 if self.linker is None else self.linker.start_layer_wise_loading()
@@ -125,9 +150,20 @@ class TieredRadixCache(UnifiedRadixCache):
         """A batch was launched. Its restores hold leases of their own, so the tickets of its requests have served."""
         if self._waiting:
             for req in reqs:
-                self._forget(req.rid)
+                self._launch(req)
         failed: list[Req] = super().finish_external_linker_loads(reqs)
         return failed
+
+    def _launch(self, req: Req) -> None:
+        waiting = self._waiting.pop(req.rid, None)
+        if waiting is None:
+            return
+        if self.linker is not None:
+            self.linker.forget(req.rid)
+        if req.skip_radix_cache_insert:  # what it computes, nobody else can hit
+            self._engine.close_ticket(waiting.ticket)
+        else:
+            self._prefills[req.rid] = self._engine.launch(waiting.ticket)
 
     # ---- the end of a request ----
 
@@ -148,6 +184,13 @@ class TieredRadixCache(UnifiedRadixCache):
         waiting = self._waiting.pop(rid, None)
         if waiting is not None:
             self._engine.close_ticket(waiting.ticket)
+        prefill = self._prefills.pop(rid, None)
+        if prefill is not None:
+            self._engine.end_prefill(prefill)
+
+    def _close_tickets(self) -> None:
+        for rid in (*self._waiting, *self._prefills):
+            self._close_ticket(rid)
 
     # ---- HBM ----
 
@@ -168,8 +211,9 @@ class TieredRadixCache(UnifiedRadixCache):
         to grow: stock SGLang would find the same pages evictable.
         """
         if self.linker is not None and self.linker.pending_offloads and self.evictable_size() < n_tokens:
-            self.linker.cache_linker.settle_write_backs()
-            super().check_hicache_events()
+            self.linker.cache_linker.copies.quiesce()
+            while self.linker.pending_offloads:
+                self._agree()
 
     def _evict_device_leaf(self, node_id: NodeId, tracker: dict[ComponentType, int]) -> BackupKV | None:
         """SGLang evicts a leaf from HBM: tell the index before the node is gone."""
@@ -190,9 +234,54 @@ class TieredRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         """`/flush_cache` and weight updates: drops HBM and host memory. Blocks for copies in flight."""
-        for rid in tuple(self._waiting):
-            self._close_ticket(rid)
+        self._close_tickets()
+        was_tainted = self.linker is not None and self._engine.tainted
         super().reset()
+        if was_tainted:
+            self._start_namespace()
+
+    # ---- weights ----
+
+    def taint(self) -> None:
+        """New weights are coming in: what is kept is old now, and so is what running requests still compute.
+
+        From here to the next `reset` nothing is promised and nothing is kept.
+        """
+        if self.linker is not None:
+            self._engine.taint()
+
+    def begin_weight_session(self) -> None:
+        """As `taint`, and no `reset` lifts it before `end_weight_session`: weights may change at any time."""
+        self._in_weight_session = True
+        self.taint()
+
+    def end_weight_session(self) -> None:
+        self._in_weight_session = False
+
+    def weights_updated(self, *, is_idle: bool) -> None:
+        """The weights are whole again. If no KV of older ones is left anywhere in SGLang, the taint ends here.
+
+        is_idle: no request holds KV.
+        """
+        if self.linker is None or self._in_weight_session or not self._engine.tainted:
+            return
+        if is_idle and self.evictable_size() + self.protected_size() == 0:
+            self._close_tickets()
+            self.linker.reset()
+            self._start_namespace()
+        else:
+            logger.warning("Weights have changed under cached KV: nothing is kept below HBM until /flush_cache")
+
+    def _start_namespace(self) -> None:
+        """Everything of the old weights has been dropped."""
+        if self._in_weight_session:
+            self._engine.taint()
+            return
+        assert self.namespace is not None
+        version = get_serving().weight_version
+        self.namespace = self.namespace.renewed(None if version == self._weight_version else version)
+        self._weight_version = version
+        logger.info("sgl_lmcache: new weights, namespace %s", self.namespace.digest)
 
     def check_invariants(self) -> None:
         """For tests and debugging: everything of ours that can be broken, named. Scans all of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from sglang.srt.runtime_context import (
     get_context,
     get_disagg,
     get_exec,
+    get_lora,
     get_memory,
     get_parallel,
     get_serving,
@@ -40,8 +42,10 @@ from sgl_lmcache.config import Config, from_environment
 from sgl_lmcache.errors import RefusedError, StartError
 from sgl_lmcache.linker import Linker
 from sgl_lmcache.memory import host_capacity
+from sgl_lmcache.namespace import Namespace, adapters_identity, model_identity, scales_identity
 from sgl_lmcache.page_size import check_page_size
 from sgl_lmcache.pool import describe_pool
+from sgl_lmcache.ranks import UNKNOWN, Ranks, ranks_of
 from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout
 from transfer.slab import Slab
@@ -54,7 +58,6 @@ as long."""
 
 MAX_PENDING_SHARE = 0.5
 """Write-backs may lock at most about this share of HBM's KV while they wait to be copied."""
-
 
 SMALL_PAGE_NBYTES = 64 << 10
 """Below this a page's fixed costs (a key, a slot, two copies a layer) weigh more than its bytes."""
@@ -70,24 +73,25 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _compile_hash_extension()
 
-    device_pool, layout = describe_pool(ctx.params.token_to_kv_pool_allocator.get_kvcache(), ctx.params.page_size)
-    slab = _allocate_slab(config, layout, device_pool)
-    copies = _copies(ctx, device_pool, layout, slab)
-    engine = _engine(config, slab.n_slots, device_pool.n_pages)
+    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    ranks = ranks_of(ctx.params.attn_tp_cache_group)
+    device_pool, layout = describe_pool(pool, ctx.params.page_size)
+    n_slots, origin = _agree_on_start(ranks, _n_slots(config, layout, device_pool))
+    slab = _allocate_slab(n_slots, layout, device_pool)
     linker = Linker(
-        engine,
-        copies,
+        _engine(config, n_slots, device_pool.n_pages),
+        _copies(ctx, device_pool, layout, slab),
         slab,
         page_size=layout.page_size,
         num_layers=layout.n_layers,
-        max_pending_nbytes=int(device_pool.n_pages * layout.page_nbytes * MAX_PENDING_SHARE),
+        max_pending_pages=int(device_pool.n_pages * MAX_PENDING_SHARE),
     )
+    namespace = _namespace(ctx, config, layout, origin)
     cache = _create_cache(ctx)
-    cache.attach(linker, ticket_timeout_s=_ticket_timeout_s(config))
-    counter = linker.layer_done_counter
-    ctx.params.token_to_kv_pool_allocator.get_kvcache().register_layer_transfer_counter(counter)
-    ctx.tp_worker.register_hicache_layer_transfer_counter(counter)
-    _log_start(layout, slab, device_pool)
+    cache.attach(linker, namespace, ranks)
+    pool.register_layer_transfer_counter(linker.layer_done_counter)
+    ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
+    _log_start(layout, slab, device_pool, namespace)
     return cache
 
 
@@ -97,8 +101,6 @@ def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
     if version("sglang") != SGLANG_VERSION:
         raise RefusedError(f"it extends internals of SGLang {SGLANG_VERSION}, and this is {version('sglang')}")
     check_page_size(ctx.params.page_size)
-    if ctx.tp_size > 1 or parallel.dp_size > 1:
-        raise RefusedError("several ranks have to agree on hits, which this version cannot do (--tp-size, --dp-size)")
     if ctx.params.pp_size > 1:
         raise RefusedError("pipeline parallel stages cannot agree on what to restore (--pp-size must be 1)")
     if ctx.params.attn_cp_size > 1 or parallel.dcp_size > 1:
@@ -139,21 +141,50 @@ def _compile_hash_extension() -> None:
         ) from error
 
 
-def _allocate_slab(config: Config, layout: PageLayout, pool: DevicePool) -> Slab:
-    on_cpu = pool.k[0].device.type == "cpu"
+def _n_slots(config: Config, layout: PageLayout, pool: DevicePool) -> int:
+    """How many slots this rank would take: its share of the server's host memory on this node."""
+    parallel = get_parallel()
+    n_local_ranks = max(1, parallel.tp_size * parallel.dp_size // parallel.nnodes)
     # A pool in ordinary memory is touched page by page as it fills, so what it will take is still counted as free.
-    reserved = sum(buffer.nbytes for buffer in (*pool.k, *pool.v)) if on_cpu else 0
-    capacity = host_capacity(config, n_local_ranks=1, reserved_nbytes=reserved)
+    reserved = sum(buffer.nbytes for buffer in (*pool.k, *pool.v)) if pool.k[0].device.type == "cpu" else 0
+    capacity = host_capacity(config, n_local_ranks=n_local_ranks, reserved_nbytes=reserved * n_local_ranks)
     n_slots = capacity // layout.slot_nbytes
     if n_slots < 1:
         raise StartError(
-            f"sgl_lmcache: tiers[0].capacity, {capacity:,} bytes, holds no page of {layout.slot_nbytes:,} bytes; "
-            "give it more."
+            f"sgl_lmcache: tiers[0].capacity, {capacity:,} bytes a rank, holds no page of {layout.slot_nbytes:,} bytes;"
+            " give it more."
         )
+    return n_slots
+
+
+def _agree_on_start(ranks: Ranks, n_slots: int) -> tuple[int, str]:
+    """The least number of slots that any rank would take, and a number of this server's own.
+
+    No rank allocates before all have measured what is free: this is where they wait for each other.
+    """
+    agreed, origin = ranks.minimum([n_slots, secrets.randbelow(UNKNOWN)])
+    return agreed, f"{origin:016x}"
+
+
+def _allocate_slab(n_slots: int, layout: PageLayout, pool: DevicePool) -> Slab:
     slab = Slab(n_slots, layout.slot_nbytes)
-    if not on_cpu:
+    if pool.k[0].device.type != "cpu":
         slab.pin()
     return slab
+
+
+def _namespace(ctx: TreeCacheBuildContext, config: Config, layout: PageLayout, origin: str) -> Namespace:
+    parallel = get_parallel()
+    return Namespace(
+        user=config.namespace,
+        model=model_identity(ctx.server_args, ctx.model_config),
+        adapters=adapters_identity(adapter.lora_path for adapter in get_lora().lora_paths or ()),
+        layout=layout.describe(),
+        scales=scales_identity(ctx.tp_worker.model_runner.model),
+        shard=(0, 1) if layout.order == "MLA" else (parallel.attn_tp_rank, parallel.attn_tp_size),
+        is_eagle=ctx.params.is_eagle,
+        origin=origin,
+    )
 
 
 def _copies(ctx: TreeCacheBuildContext, pool: DevicePool, layout: PageLayout, slab: Slab) -> Copies:
@@ -170,7 +201,7 @@ def _engine(config: Config, n_slots: int, n_device_pages: int) -> Engine:
     """Every row of the index is a page in HBM or in host memory, or is kept by a lease or a child: a few more."""
     capacity = n_slots + n_device_pages + max(1024, n_device_pages // 4)
     index = Index(capacity, policies={HOST: config.eviction_of(config.host)})
-    return Engine(index, n_slots, clock=time.monotonic)
+    return Engine(index, n_slots, clock=time.monotonic, ticket_timeout_s=_ticket_timeout_s(config))
 
 
 def _create_cache(ctx: TreeCacheBuildContext) -> TieredRadixCache:
@@ -194,15 +225,17 @@ def _ticket_timeout_s(config: Config) -> float:
     return 0.0 if config.prefetch.policy == "best_effort" else config.prefetch.timeout
 
 
-def _log_start(layout: PageLayout, slab: Slab, pool: DevicePool) -> None:
+def _log_start(layout: PageLayout, slab: Slab, pool: DevicePool, namespace: Namespace) -> None:
     logger.info(
-        "sgl_lmcache: host tier of %.2f GiB, %d pages of %d tokens (%s, slots of %d bytes); HBM holds %d pages",
+        "sgl_lmcache: host tier of %.2f GiB, %d pages of %d tokens (%s, slots of %d bytes); HBM holds %d pages; "
+        "namespace %s",
         slab.nbytes / 2**30,
         slab.n_slots,
         layout.page_size,
         layout.describe(),
         slab.slot_nbytes,
         pool.n_pages,
+        namespace.digest,
     )
     if layout.page_nbytes < SMALL_PAGE_NBYTES:
         logger.warning(

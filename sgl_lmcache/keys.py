@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-KEY_NBYTES = 32
+from radix import KEY_NBYTES
 
 
 def to_blob(hashes: Sequence[str]) -> bytes:

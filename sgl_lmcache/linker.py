@@ -10,16 +10,21 @@ success, also when nothing was kept: a node that SGLang believes unstored is off
 its path, which is quadratic in the depth of a conversation. What was not kept is counted by the engine instead.
 
 Life of the slots: the engine leases them at `begin_*`, and this file calls the matching `finish_*` only when the copy
-says that it is done. Everything here runs on SGLang's scheduler thread.
+says that it is done, on every rank. A rank sees for itself how far its copies are (`progress`); nothing follows from
+that until the ranks have agreed on it, because leases decide what is evicted next. For the same reason back-pressure
+counts what has not been acknowledged, which the ranks know alike, and not what still waits to be copied.
+
+Everything here runs on SGLang's scheduler thread.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -37,6 +42,18 @@ logger = logging.getLogger(__name__)
 Pages = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the copies at the front of their lines are: of this rank, or, as minima, of all ranks together."""
+
+    n_ended: int
+    """Write-backs that have ended, well or badly."""
+    n_landed: int
+    """Write-backs that have ended well, up to the first that has not."""
+    n_restored: int
+    """Restores that read no slot any more."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _WriteBack:
     """One node's write-back. Both fields are None when there was nothing to copy."""
@@ -45,8 +62,16 @@ class _WriteBack:
     copy: Copy | None
 
     @property
-    def done(self) -> bool:
+    def ended(self) -> bool:
         return self.copy is None or self.copy.done()
+
+    @property
+    def landed(self) -> bool:
+        return self.ended and (self.copy is None or self.copy.failed is None)
+
+    @property
+    def n_pages(self) -> int:
+        return 0 if self.offload is None else len(self.offload.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,12 +132,12 @@ class Linker:
     """See the module's text.
 
     slab: the host memory that `copies` fills; the linker frees it at the end. page_size: tokens a page.
-    max_pending_nbytes: write-backs are skipped, not queued, while more bytes than this wait to be copied, because their
-    HBM pages stay locked until the copy is done.
+    max_pending_pages: write-backs are skipped, not queued, while more pages than this have not been acknowledged,
+    because they stay locked in HBM until then.
     """
 
     def __init__(
-        self, engine: Engine, copies: Copies, slab: Slab, *, page_size: int, num_layers: int, max_pending_nbytes: int
+        self, engine: Engine, copies: Copies, slab: Slab, *, page_size: int, num_layers: int, max_pending_pages: int
     ) -> None:
         self.engine = engine
         self.copies = copies
@@ -121,10 +146,11 @@ class Linker:
         # SGLang asks only which pools are here.
         self.pools = {PoolName.KV: None}
         self._page_size = page_size
-        self._max_pending_nbytes = max_pending_nbytes
+        self._max_pending_pages = max_pending_pages
+        self._n_pending_pages = 0
         self._write_backs: deque[_WriteBack] = deque()
         self._queued: dict[str, _QueuedLoad] = {}
-        self._running: list[_RunningLoad] = []
+        self._running: deque[_RunningLoad] = deque()
 
     # ---- HBM -> host ----
 
@@ -133,7 +159,7 @@ class Linker:
 
         keys: 32n bytes below the page `parent`. device_indices: int64[n * page_size], whole pages of token rows.
         """
-        if self.copies.pending_nbytes > self._max_pending_nbytes:
+        if self._n_pending_pages > self._max_pending_pages:
             self.engine.skip_offload(keys, parent)
             offload = None
         else:
@@ -142,25 +168,39 @@ class Linker:
         if offload is not None:
             pages = self._pages(device_indices)[offload.positions]
             copy = self.copies.offload(pages, offload.slots)
-        self._write_backs.append(_WriteBack(offload, copy))
+        write_back = _WriteBack(offload, copy)
+        self._n_pending_pages += write_back.n_pages
+        self._write_backs.append(write_back)
 
-    def num_completed_offloads(self) -> int:
-        """How many write-backs at the front of the line are done."""
-        n_done = 0
-        for write_back in self._write_backs:
-            if not write_back.done:
-                break
-            n_done += 1
-        return n_done
-
-    def pop_completed_offload(self) -> bool:
+    def pop_write_back(self, *, landed: bool) -> None:
+        """Take the first write-back out of the line. It has ended on every rank, and well if `landed`."""
         write_back = self._write_backs.popleft()
+        self._n_pending_pages -= write_back.n_pages
         if write_back.offload is not None and write_back.copy is not None:
-            failed = write_back.copy.failed
-            if failed is not None:
-                logger.error("%d pages were not copied to host memory", len(write_back.offload.rows), exc_info=failed)
-            self.engine.finish_offload(write_back.offload, landed=failed is None)
-        return True
+            if write_back.copy.failed is not None:
+                logger.error(
+                    "%d pages were not copied to host memory", write_back.n_pages, exc_info=write_back.copy.failed
+                )
+            self.engine.finish_offload(write_back.offload, landed=landed)
+
+    # ---- what the ranks have to agree on ----
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether there is progress to agree on. The same on all ranks."""
+        return bool(self._write_backs or self._running)
+
+    def progress(self) -> Progress:
+        """How far this rank's copies are. Never blocks."""
+        n_landed = _n_leading(write_back.landed for write_back in self._write_backs)
+        n_ended = _n_leading(write_back.ended for write_back in self._write_backs)
+        return Progress(n_ended, n_landed, _n_leading(load.copy.done() for load in self._running))
+
+    def end_restores(self, n: int) -> None:
+        """The first n restores have been copied on every rank: their leases end."""
+        for _ in range(n):
+            for restore in self._running.popleft().restores:
+                self.engine.finish_restore(restore, copied=True)
 
     # ---- host -> HBM ----
 
@@ -214,25 +254,7 @@ class Linker:
         except CopyError:
             logger.exception("A restore from host memory failed; its requests will be aborted")
             return False
-        finally:
-            self.collect_restores()
         return True
-
-    def settle_write_backs(self) -> None:
-        """Wait until every write-back is done. Blocks for the copies in flight, a bounded number of bytes."""
-        self.copies.quiesce()
-
-    def collect_restores(self) -> None:
-        """End the leases of restores whose copies have stopped reading the slab. Cheap when there are none."""
-        if not self._running:
-            return
-        running, self._running = self._running, []
-        for load in running:
-            if load.copy.done():
-                for restore in load.restores:
-                    self.engine.finish_restore(restore, copied=True)
-            else:
-                self._running.append(load)
 
     # ---- life ----
 
@@ -240,10 +262,10 @@ class Linker:
         """Wait for all copies, then forget everything that is in host memory. Blocks for the copies in flight."""
         self.copies.quiesce()
         while self._write_backs:
-            self.pop_completed_offload()
+            self.pop_write_back(landed=False)
         for rid in tuple(self._queued):
             self.cancel_queued_load(rid)
-        self.collect_restores()
+        self.end_restores(len(self._running))
         self.layer_done_counter.reset()
         self.engine.reset()
 
@@ -262,3 +284,8 @@ class Linker:
         first_rows = device_indices[:: self._page_size].cpu().numpy()
         pages: Pages = first_rows // self._page_size
         return pages
+
+
+def _n_leading(flags: Iterable[bool]) -> int:
+    """How many are true before the first that is not."""
+    return sum(1 for _ in takewhile(bool, flags))

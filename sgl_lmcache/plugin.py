@@ -1,12 +1,13 @@
 """The plug-in's entry point: SGLang calls `register` in every one of its processes, before it resolves arguments.
 
-Two hooks and one name are all that is registered, and without our flag both hooks return at once:
+Without our flag every hook that is registered here returns at once:
 
 - before `ServerArgs.resolve_once`: choose the page size, and stop a server whose configuration is wrong before it loads
   a model;
 - before `Scheduler.__init__`: SGLang's configuration has been published, its scheduler has not read it yet. Switching
   its external-linker and LMCache flags on there makes the scheduler call the cache's prefetch, load and event methods.
-  They cannot be given on the command line together with a backend of one's own.
+  They cannot be given on the command line together with a backend of one's own;
+- around the calls that bring new weights: see `sgl_lmcache.weights`.
 
 SGLang logs what a plug-in raises and goes on without it, so the factory checks that the second hook has run.
 """
@@ -28,11 +29,12 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sgl_lmcache import cpu
+    from sgl_lmcache import cpu, weights
 
     register_radix_cache_backend(BACKEND, _build)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolve_once", _before_resolution, HookType.BEFORE)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _before_scheduler, HookType.BEFORE)
+    weights.register()
     cpu.install()
 
 

@@ -25,7 +25,8 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     _PendingOffload,
 )
 
-from sgl_lmcache.keys import KEY_NBYTES, to_blob, to_hashes
+from radix import KEY_NBYTES
+from sgl_lmcache.keys import to_blob, to_hashes
 from sgl_lmcache.linker import Linker
 
 if TYPE_CHECKING:
@@ -119,6 +120,14 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
         self.cache_linker.write_back(keys, parent, device_indices)
         core.mark_external_linker_offload_pending(node_id)
         self.pending_offloads.append(_PendingOffload(node_id, lock_params, [node_id]))
+
+    def acknowledge(self, *, n_landed: int, n_failed: int) -> None:
+        """The first write-backs have ended on every rank, n_landed well and then n_failed badly: unlock their nodes."""
+        for _ in range(n_landed):
+            self.cache_linker.pop_write_back(landed=True)
+        for _ in range(n_failed):
+            self.cache_linker.pop_write_back(landed=False)
+        self.commit_completed_offloads([True] * (n_landed + n_failed))
 
     # ---- life ----
 

@@ -98,10 +98,6 @@ class LayerwiseCopy(Copy, Protocol):
 class Copies(Protocol):
     """Starts copies of whole pages between one device pool and one slab. See the module for threads and ownership."""
 
-    @property
-    def pending_nbytes(self) -> int:
-        """Bytes of offloads that are queued or running: what back-pressure limits."""
-
     def offload(self, pages: Int64Array, slots: Int32Array) -> Copy:
         """Copies device page `pages[j]`, all layers, to slot `slots[j]`. Returns at once; empty is legal.
 

@@ -52,15 +52,10 @@ class CpuCopies:
         if pool.k[0].device.type != "cpu":
             raise LayoutError(f"A pool on {pool.k[0].device} needs the copies of that device.")
         self._pool, self._array = pool, slab.array
-        self._page_nbytes = layout.page_nbytes
         self._layers = _layers_of(pool, layout, slab)
         self._whole = _Planes.joined(self._layers)
         self._offloads = _Lane("offload", n_threads)
         self._restores = _Lane("restore", n_threads)
-
-    @property
-    def pending_nbytes(self) -> int:
-        return self._offloads.pending_nbytes
 
     def offload(self, pages: Int64Array, slots: Int32Array) -> Copy:
         def steps(pages: Int64Array, slots: Int64Array) -> list[Step]:
@@ -94,7 +89,7 @@ class CpuCopies:
         n_parts = min(lane.n_threads, n)
         bounds = [n * part // n_parts for part in range(n_parts + 1)] if n else []
         parts = [steps(own_pages[a:b], own_slots[a:b]) for a, b in itertools.pairwise(bounds)]
-        return lane.start(parts, nbytes=n * self._page_nbytes)
+        return lane.start(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +133,7 @@ def _layers_of(pool: DevicePool, layout: PageLayout, slab: Slab) -> list[_Planes
 class _Batch:
     """The handle of one batch: `steps_done[p]` counts the finished steps of part p, written by its thread only."""
 
-    def __init__(self, n_parts: int, nbytes: int) -> None:
-        self.nbytes = nbytes
+    def __init__(self, n_parts: int) -> None:
         self.failed: BaseException | None = None
         self._steps_done = [0] * n_parts
         self._n_running = n_parts
@@ -194,7 +188,6 @@ class _Lane:
 
     def __init__(self, name: str, n_threads: int) -> None:
         self.n_threads = n_threads
-        self._pending_nbytes = 0
         self._n_pending = 0
         self._changed = threading.Condition()
         self._queues: list[queue.SimpleQueue[_Part | None]] = [queue.SimpleQueue() for _ in range(n_threads)]
@@ -205,17 +198,12 @@ class _Lane:
         for thread in self._threads:
             thread.start()
 
-    @property
-    def pending_nbytes(self) -> int:
-        return self._pending_nbytes
-
-    def start(self, parts: list[list[Step]], *, nbytes: int) -> _Batch:
+    def start(self, parts: list[list[Step]]) -> _Batch:
         if not self._queues:
             raise CopyError("These copies are closed.")
-        batch = _Batch(len(parts), nbytes)
+        batch = _Batch(len(parts))
         if parts:
             with self._changed:
-                self._pending_nbytes += nbytes
                 self._n_pending += 1
         for number, (steps, parts_of_thread) in enumerate(zip(parts, self._queues, strict=False)):
             parts_of_thread.put(_Part(batch, number, steps))
@@ -242,10 +230,9 @@ class _Lane:
             except Exception as error:  # noqa: BLE001  the thread's outermost loop: the batch carries the failure
                 failure = error
             if part.batch.part_ended(failure):
-                self._retire(part.batch)
+                self._retire()
 
-    def _retire(self, batch: _Batch) -> None:
+    def _retire(self) -> None:
         with self._changed:
-            self._pending_nbytes -= batch.nbytes
             self._n_pending -= 1
             self._changed.notify_all()

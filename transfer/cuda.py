@@ -15,7 +15,6 @@ plug-in, so that this room never imports SGLang; `StridedOps` is the fallback of
 A CUDA error is fatal to the process that runs the model, so a batch has no failure to carry: torch raises it.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -60,38 +59,28 @@ class CudaCopies:
         if not slab.is_pinned:
             raise SlabError("The slab must be pinned before the GPU copies to it.")
         self._pool, self._slab = pool, slab.tensor
-        self._page_nbytes = layout.page_nbytes
         self._ops = ops
         self._forward_stream = forward_stream
         self._offload_stream = torch.cuda.Stream(forward_stream.device)
         self._restore_stream = torch.cuda.Stream(forward_stream.device)
-        self._offloads: deque[_Events] = deque()
         self._is_open = True
-
-    @property
-    def pending_nbytes(self) -> int:
-        while self._offloads and self._offloads[0].done():
-            self._offloads.popleft()
-        return sum(copy.nbytes for copy in self._offloads)
 
     def offload(self, pages: Int64Array, slots: Int32Array) -> Copy:
         batch = self._batch(pages, slots)
         if batch is None:
-            return _Events([], 0)
+            return _Events([])
         with torch.cuda.stream(self._fenced(self._offload_stream)):
             self._ops.offload(self._pool, *batch, self._slab)
-            copy = _Events([self._offload_stream.record_event()], len(batch[0]) * self._page_nbytes)
-        self._offloads.append(copy)
-        return copy
+            return _Events([self._offload_stream.record_event()])
 
     def restore(self, pages: Int64Array, slots: Int32Array) -> LayerwiseCopy:
         batch = self._batch(pages, slots)
         if batch is None:
-            return _Events([], 0)
+            return _Events([])
         with torch.cuda.stream(self._fenced(self._restore_stream)):
             layers = self._ops.restore_layers(self._pool, *batch, self._slab)
             events = [self._restore_stream.record_event() for _ in layers]
-        return _Events(events, len(batch[0]) * self._page_nbytes)
+        return _Events(events)
 
     def quiesce(self) -> None:
         self._offload_stream.synchronize()
@@ -119,9 +108,8 @@ class _Events:
 
     failed: BaseException | None = None
 
-    def __init__(self, events: list[torch.cuda.Event], nbytes: int) -> None:
+    def __init__(self, events: list[torch.cuda.Event]) -> None:
         self._events = events
-        self.nbytes = nbytes
 
     def done(self) -> bool:
         return not self._events or bool(self._events[-1].query())

@@ -90,7 +90,7 @@ def watched() -> Iterator[Stopwatch]:
     stopwatch = Stopwatch()
     ours = {
         TieredLinkerWrapper: ("match", "_offload_node"),
-        Linker: ("load", "start_layer_wise_loading", "finish_layer_wise_loading", "pop_completed_offload"),
+        Linker: ("load", "start_layer_wise_loading", "finish_layer_wise_loading", "pop_write_back"),
         TieredRadixCache: (
             "prefetch_from_storage",
             "check_prefetch_progress",
@@ -102,7 +102,7 @@ def watched() -> Iterator[Stopwatch]:
     }
     theirs = {
         UnifiedCacheLinkerWrapper: ("_tail_hashes",),
-        UnifiedRadixCache: ("_evict_device_leaf", "check_hicache_events", "inc_lock_ref"),
+        UnifiedRadixCache: ("_evict_device_leaf", "inc_lock_ref"),
         RustUnifiedTreeCore: ("collect_path_info", "mark_external_linker_offload_pending"),
     }
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 import pytest
 
-from hicache import Engine, Verdict
+from hicache import Engine, Ticket, Verdict
 from radix import HBM, HOST, Index, State
 from tests.support.keys import path_keys
 
@@ -21,7 +21,14 @@ def clock() -> Clock:
 
 
 def make_engine(n_slots: int, clock: Clock, *, max_leased_share: float = 1.0) -> Engine:
-    return Engine(Index(1024), n_slots, clock=clock, max_leased_share=max_leased_share)
+    return Engine(Index(1024), n_slots, clock=clock, ticket_timeout_s=5.0, max_leased_share=max_leased_share)
+
+
+def poll(engine: Engine, ticket: Ticket) -> Verdict:
+    """What one rank alone decides about a ticket."""
+    engine.expire(*engine.n_overdue())
+    engine.poll_tickets()
+    return ticket.verdict
 
 
 def store(engine: Engine, keys: bytes, parent: bytes | None = None) -> int:
@@ -186,8 +193,8 @@ def test_a_ticket_goes_at_once_when_nothing_is_on_its_way(clock: Clock) -> None:
     engine = make_engine(4, clock)
     keys = path_keys("abcd")
     store(engine, keys)
-    ticket = engine.open_ticket(keys, None, 5.0)
-    assert engine.poll_ticket(ticket) is Verdict.GO
+    ticket = engine.open_ticket(keys, None)
+    assert poll(engine, ticket) is Verdict.GO
     engine.close_ticket(ticket)
     engine.check_invariants()
 
@@ -197,14 +204,14 @@ def test_a_ticket_waits_for_pages_on_their_way_and_goes_when_they_land(clock: Cl
     keys = path_keys("abcd")
     offload = engine.begin_offload(keys)
     assert offload is not None
-    ticket = engine.open_ticket(keys, None, 5.0)
-    assert engine.poll_ticket(ticket) is Verdict.GO, "HBM has all of them"
+    ticket = engine.open_ticket(keys, None)
+    assert poll(engine, ticket) is Verdict.GO, "HBM has all of them"
     engine.close_ticket(ticket)
     engine.hbm_evicted(keys)
-    ticket = engine.open_ticket(keys, None, 5.0)
-    assert engine.poll_ticket(ticket) is Verdict.WAIT
+    ticket = engine.open_ticket(keys, None)
+    assert poll(engine, ticket) is Verdict.WAIT
     engine.finish_offload(offload, landed=True)
-    assert engine.poll_ticket(ticket) is Verdict.GO
+    assert poll(engine, ticket) is Verdict.GO
     assert engine.lookup(keys) == 4
 
 
@@ -214,10 +221,10 @@ def test_a_ticket_goes_when_what_it_waits_for_fails(clock: Clock) -> None:
     offload = engine.begin_offload(keys)
     assert offload is not None
     engine.hbm_evicted(keys)
-    ticket = engine.open_ticket(keys, None, 5.0)
-    assert engine.poll_ticket(ticket) is Verdict.WAIT
+    ticket = engine.open_ticket(keys, None)
+    assert poll(engine, ticket) is Verdict.WAIT
     engine.finish_offload(offload, landed=False)
-    assert engine.poll_ticket(ticket) is Verdict.GO
+    assert poll(engine, ticket) is Verdict.GO
     engine.close_ticket(ticket)
     engine.check_invariants()
     assert engine.host.n_free == 4
@@ -229,14 +236,14 @@ def test_a_ticket_goes_at_its_deadline_and_not_before(clock: Clock) -> None:
     offload = engine.begin_offload(keys)
     assert offload is not None
     engine.hbm_evicted(keys)
-    ticket = engine.open_ticket(keys, None, 5.0)
+    ticket = engine.open_ticket(keys, None)
     clock.now_s = 4.999
-    assert engine.poll_ticket(ticket) is Verdict.WAIT
+    assert poll(engine, ticket) is Verdict.WAIT
     clock.now_s = 5.0
-    assert engine.poll_ticket(ticket) is Verdict.GO
+    assert poll(engine, ticket) is Verdict.GO
     assert engine.stats.tickets_expired == 1
     engine.finish_offload(offload, landed=True)
-    assert engine.poll_ticket(ticket) is Verdict.GO
+    assert poll(engine, ticket) is Verdict.GO
 
 
 def test_a_ticket_keeps_its_whole_path_also_the_pages_that_are_in_hbm(clock: Clock) -> None:
@@ -244,7 +251,7 @@ def test_a_ticket_keeps_its_whole_path_also_the_pages_that_are_in_hbm(clock: Clo
     keys = path_keys("abcd")
     store(engine, keys)
     # HBM holds "ab"; the request asks for what lies behind it.
-    ticket = engine.open_ticket(keys[64:], keys[32:64], 5.0)
+    ticket = engine.open_ticket(keys[64:], keys[32:64])
     engine.tick()
     assert store(engine, path_keys("wxyz")) == 0
     engine.close_ticket(ticket)
@@ -258,13 +265,13 @@ def test_tickets_may_pin_only_their_share(clock: Clock) -> None:
     first, second = path_keys("abcd"), path_keys("efgh")
     store(engine, first)
     store(engine, second)
-    tickets = [engine.open_ticket(first, None, 5.0), engine.open_ticket(second, None, 5.0)]
+    tickets = [engine.open_ticket(first, None), engine.open_ticket(second, None)]
     assert engine.stats.tickets_unleased == 1
     engine.tick()
     assert store(engine, path_keys("wxyz")) == 4, "the second path was free to go"
     assert engine.lookup(first) == 4
     for ticket in tickets:
-        assert engine.poll_ticket(ticket) is Verdict.GO
+        assert poll(engine, ticket) is Verdict.GO
         engine.close_ticket(ticket)
     engine.check_invariants()
 
@@ -273,7 +280,7 @@ def test_reset_drops_everything_and_closes_tickets(clock: Clock) -> None:
     engine = make_engine(4, clock)
     keys = path_keys("abcd")
     store(engine, keys)
-    engine.open_ticket(keys, None, 5.0)
+    engine.open_ticket(keys, None)
     engine.reset()
     engine.check_invariants()
     assert engine.host.n_free == 4

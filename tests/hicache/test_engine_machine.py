@@ -29,7 +29,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(n_slots=st.integers(1, N_SLOTS), share=st.sampled_from([0.0, 0.5, 1.0]))
     def start(self, n_slots: int, share: float) -> None:
         self.now_s = 0.0
-        self.engine = Engine(Index(64), n_slots, clock=lambda: self.now_s, max_leased_share=share)
+        self.engine = Engine(Index(64), n_slots, clock=lambda: self.now_s, ticket_timeout_s=2.0, max_leased_share=share)
         self.n_slots = n_slots
         self.slab: list[bytes | None] = [None] * n_slots
         self.landed: set[bytes] = set()
@@ -92,12 +92,14 @@ class EngineMachine(RuleBasedStateMachine):
         keys = path_keys(path)
         n_parent = min(n_parent, len(path))
         parent = keys[32 * (n_parent - 1) : 32 * n_parent] if n_parent else None
-        return self.engine.open_ticket(keys[32 * n_parent :], parent, timeout_s=2.0)
+        return self.engine.open_ticket(keys[32 * n_parent :], parent)
 
     @rule(ticket=consumes(tickets))
     def close_ticket(self, ticket: Ticket) -> None:
-        if self.n_open == 0 or ticket.deadline_s <= self.now_s:
-            assert self.engine.poll_ticket(ticket) is Verdict.GO
+        self.engine.expire(*self.engine.n_overdue())
+        self.engine.poll_tickets()
+        if self.n_open == 0:
+            assert ticket.verdict is Verdict.GO
         self.engine.close_ticket(ticket)
 
     @rule(path=PATHS, n_kept=st.integers(0, 6))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
-from sgl_lmcache.linker import Linker
+from sgl_lmcache.linker import Linker, Progress
 from tests.support.keys import path_keys
 from tests.support.real_cache import RealCache
 from tests.support.tiers import split
@@ -36,8 +36,8 @@ def transfer(keys: bytes, *pages: int) -> list[PoolTransfer]:
 def store(linker: Linker, keys: bytes, *pages: int) -> None:
     linker.write_back(keys, None, rows_of(*pages))
     linker.copies.quiesce()
-    while linker.num_completed_offloads():
-        assert linker.pop_completed_offload()
+    for _ in range(linker.progress().n_landed):
+        linker.pop_write_back(landed=True)
 
 
 def test_completions_come_in_order_one_for_each_write_back(real: RealCache) -> None:
@@ -46,9 +46,10 @@ def test_completions_come_in_order_one_for_each_write_back(real: RealCache) -> N
     linker.write_back(keys[:64], None, rows_of(1, 2))  # nothing to copy, and still an entry
     linker.write_back(keys, None, rows_of(1, 2, 3, 4))
     linker.copies.quiesce()
-    assert linker.num_completed_offloads() == 3
-    assert [linker.pop_completed_offload() for _ in range(3)] == [True, True, True]
-    assert linker.num_completed_offloads() == 0
+    assert linker.progress() == Progress(n_ended=3, n_landed=3, n_restored=0)
+    for _ in range(3):
+        linker.pop_write_back(landed=True)
+    assert not linker.is_copying
     assert real.engine.lookup(keys) == 4
 
 
@@ -58,19 +59,18 @@ def test_an_entry_behind_a_running_copy_waits_for_it(real: RealCache) -> None:
     with mock.patch.object(linker.copies, "offload", return_value=running):
         linker.write_back(keys[:64], None, rows_of(1, 2))
     linker.write_back(keys[:64], None, rows_of(1, 2))
-    assert linker.num_completed_offloads() == 0
+    assert linker.progress().n_ended == 0
     running.done = lambda: True
-    assert linker.num_completed_offloads() == 2
+    assert linker.progress().n_ended == 2
 
 
-def test_a_failed_copy_is_reported_as_success_and_promises_nothing(
-    real: RealCache, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failed_copy_has_ended_and_promises_nothing(real: RealCache, caplog: pytest.LogCaptureFixture) -> None:
     linker, keys = real.linker, path_keys("ab")
     failed = mock.Mock(done=lambda: True, failed=OSError("the bus is gone"))
     with mock.patch.object(linker.copies, "offload", return_value=failed):
         linker.write_back(keys, None, rows_of(1, 2))
-    assert linker.pop_completed_offload(), "SGLang would offer a failed node again and again"
+    assert linker.progress() == Progress(n_ended=1, n_landed=0, n_restored=0)
+    linker.pop_write_back(landed=False)
     assert "2 pages were not copied to host memory" in caplog.text
     assert real.engine.lookup(keys) == 0
     assert real.engine.stats.failed == 2
@@ -91,6 +91,7 @@ def test_loads_of_one_batch_are_one_copy_and_end_their_leases(real: RealCache) -
     assert linker.layer_done_counter.consumer_index == -1
     assert linker.finish_layer_wise_loading(index)
     assert torch.equal(real.pool.k_buffer[0][rows_of(5, 6, 7, 8)], real.pool.k_buffer[0][rows_of(1, 2, 3, 4)])
+    linker.end_restores(linker.progress().n_restored)
     real.engine.reset()  # refuses while anything is leased
 
 
@@ -127,18 +128,23 @@ def test_a_failed_restore_does_not_raise_into_the_forward(real: RealCache) -> No
     linker.layer_done_counter.set_consumer(index)
     linker.layer_done_counter.wait_until(0)
     assert not linker.finish_layer_wise_loading(index), "SGLang aborts the requests of the batch"
+    linker.end_restores(1)
     real.engine.reset()
 
 
-def test_write_backs_are_skipped_while_too_many_bytes_wait(real: RealCache) -> None:
-    linker, keys = real.linker, path_keys("ab")
-    with mock.patch.object(type(linker.copies), "pending_nbytes", 1 << 41):
-        linker.write_back(keys, None, rows_of(1, 2))
-    assert linker.pop_completed_offload()
-    assert real.engine.stats.skipped_pressure == 2
-    assert real.engine.lookup(keys) == 0
-    store(linker, keys, 1, 2)
-    assert real.engine.lookup(keys) == 2
+def test_write_backs_are_skipped_while_too_many_pages_are_unacknowledged() -> None:
+    real = RealCache(n_device_pages=16, n_slots=16, page_size=PAGE, max_pending_pages=3)
+    linker, first, second, third = real.linker, path_keys("abcd"), path_keys("wx"), path_keys("yz")
+    linker.write_back(first, None, rows_of(1, 2, 3, 4))
+    linker.copies.quiesce()
+    linker.write_back(second, None, rows_of(5, 6))
+    assert real.engine.stats.skipped_pressure == 2, "copied or not, only what all ranks know counts"
+    for _ in range(linker.progress().n_landed):
+        linker.pop_write_back(landed=True)
+    assert real.engine.lookup(second) == 0
+    store(linker, third, 7, 8)
+    assert real.engine.lookup(third) == 2
+    real.close()
 
 
 def test_flush_with_a_load_queued_and_a_write_back_running(real: RealCache) -> None:
@@ -147,6 +153,6 @@ def test_flush_with_a_load_queued_and_a_write_back_running(real: RealCache) -> N
     assert linker.load("r", transfer(keys[:64], 5, 6))
     linker.write_back(keys, None, rows_of(1, 2, 3, 4))
     linker.reset()
-    assert linker.num_completed_offloads() == 0
+    assert not linker.is_copying
     assert real.engine.lookup(keys) == 0
     assert real.engine.host.n_free == real.engine.host.n_slots

@@ -36,11 +36,18 @@ from radix import HBM, HOST, Index, State
 from sgl_lmcache.cache import TieredRadixCache
 from sgl_lmcache.keys import to_blob
 from sgl_lmcache.linker import Linker
+from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.pool import describe_pool
+from sgl_lmcache.ranks import OneRank, Ranks
 from transfer.cpu import CpuCopies
 from transfer.slab import Slab
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
+
+
+def namespace() -> Namespace:
+    """Of a model whose weights came from nowhere."""
+    return Namespace("default", None, "", "test", "", (0, 1), is_eagle=False, origin="0")
 
 
 @dataclass(eq=False)
@@ -60,6 +67,7 @@ class Request:
     best_match_node: int = 0
     kv: object = None
     session: None = None
+    skip_radix_cache_insert: bool = False
 
     @property
     def handle(self) -> CacheRequestHandle:
@@ -77,6 +85,8 @@ class RealCache:
         page_size: int = 16,
         tree_core: str | None = None,
         max_len: int = 4096,
+        max_pending_pages: int = 1 << 30,
+        ranks: Ranks | None = None,
     ) -> None:
         args = ServerArgs(model_path="dummy", device="cpu", page_size=page_size)
         args.resolve_once()
@@ -99,13 +109,20 @@ class RealCache:
         )
         device_pool, layout = describe_pool(self.pool, page_size)
         self.slab = Slab(n_slots, layout.slot_nbytes)
-        self.engine = Engine(Index(2 * (n_device_pages + n_slots) + 64), n_slots, clock=time.monotonic)
+        self.engine = Engine(
+            Index(2 * (n_device_pages + n_slots) + 64), n_slots, clock=time.monotonic, ticket_timeout_s=60.0
+        )
         self.copies = CpuCopies(device_pool, layout, self.slab)
         self.linker = Linker(
-            self.engine, self.copies, self.slab, page_size=page_size, num_layers=N_LAYERS, max_pending_nbytes=1 << 40
+            self.engine,
+            self.copies,
+            self.slab,
+            page_size=page_size,
+            num_layers=N_LAYERS,
+            max_pending_pages=max_pending_pages,
         )
         self.cache = TieredRadixCache(params)
-        self.cache.attach(self.linker, ticket_timeout_s=60.0)
+        self.cache.attach(self.linker, namespace(), ranks or OneRank())
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
         self.page_of_key: dict[bytes, int] = {}
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hicache import Batch, Capacity, Health, Tier, TierError
-from hicache.tier import KEY_NBYTES
+from radix import KEY_NBYTES
 
 
 def split(keys: bytes) -> list[bytes]:

@@ -182,19 +182,6 @@ def test_restores_do_not_queue_behind_offloads(rig: Rigs, gate: Gate) -> None:
     offload.wait()
 
 
-def test_pending_bytes_are_offloads_not_yet_done(rig: Rigs, gate: Gate) -> None:
-    r = rig(n_threads=2)
-    first, second = batch_of(4), batch_of(3, seed=5)
-    assert r.copies.pending_nbytes == 0
-    r.copies.offload(first.pages, first.slots)
-    r.copies.offload(second.pages, second.slots)
-    r.copies.restore(first.pages, first.slots)
-    assert r.copies.pending_nbytes == 7 * r.layout.page_nbytes
-    gate.open(10)
-    r.copies.quiesce()
-    assert r.copies.pending_nbytes == 0
-
-
 def test_quiesce_waits_for_both_directions(rig: Rigs, gate: Gate) -> None:
     r, batch = rig(), batch_of(4)
     copies = [
@@ -256,7 +243,6 @@ def test_a_bad_batch_is_refused_before_anything_is_queued(
         with pytest.raises(ValueError, match=sentence):
             start(np.array(pages), np.array(slots))
     r.copies.quiesce()
-    assert r.copies.pending_nbytes == 0
     assert np.array_equal(r.slab.array, host)
     assert np.array_equal(pool_bytes(r.pool), device)
 
@@ -284,7 +270,6 @@ def test_a_failing_copy_is_carried_by_its_batch_and_its_thread_lives_on(
         assert caught.value.__cause__ is fault
     with pytest.raises(CopyError, match="Layer 0 will not arrive"):
         restore.wait_layer(0)
-    assert r.copies.pending_nbytes == 0
 
     r.copies.offload(batch.pages, batch.slots).wait()
     assert np.array_equal(r.payload()[batch.slots], pool_bytes(r.pool)[batch.pages])

@@ -70,7 +70,6 @@ def test_bytes_survive_both_directions_on_a_gpu(name: str) -> None:
     copies.offload(batch.pages, batch.slots).wait()
     expected = pool_bytes(host_pool)
     assert np.array_equal(slab.array[batch.slots, : layout.page_nbytes], expected[batch.pages])
-    assert copies.pending_nbytes == 0
 
     targets = random_batch(5, n_pages=N_PAGES, n_slots=N_SLOTS, seed=7).pages
     restore = copies.restore(targets, batch.slots)
