@@ -76,7 +76,7 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     ranks = ranks_of(ctx.params.attn_tp_cache_group)
     device_pool, layout = describe_pool(pool, ctx.params.page_size)
-    n_slots, origin = _agree_on_start(ranks, _n_slots(config, layout, device_pool))
+    n_slots, origin = _agree_on_start(ranks_of(ctx.tp_group.cpu_group), _n_slots(config, layout, device_pool))
     slab = _allocate_slab(n_slots, layout, device_pool)
     linker = Linker(
         _engine(config, n_slots, device_pool.n_pages),
@@ -147,7 +147,12 @@ def _n_slots(config: Config, layout: PageLayout, pool: DevicePool) -> int:
     n_local_ranks = max(1, parallel.tp_size * parallel.dp_size // parallel.nnodes)
     # A pool in ordinary memory is touched page by page as it fills, so what it will take is still counted as free.
     reserved = sum(buffer.nbytes for buffer in (*pool.k, *pool.v)) if pool.k[0].device.type == "cpu" else 0
-    capacity = host_capacity(config, n_local_ranks=n_local_ranks, reserved_nbytes=reserved * n_local_ranks)
+    capacity = host_capacity(
+        config,
+        n_local_ranks=n_local_ranks,
+        n_replicas=parallel.dp_size,
+        reserved_nbytes=reserved * n_local_ranks // parallel.dp_size,
+    )
     n_slots = capacity // layout.slot_nbytes
     if n_slots < 1:
         raise StartError(

@@ -59,13 +59,21 @@ _V2 = _CgroupFiles(
 )
 
 
-def host_capacity(config: Config, *, n_local_ranks: int, reserved_nbytes: int = 0, memory: Memory | None = None) -> int:
+def host_capacity(
+    config: Config,
+    *,
+    n_local_ranks: int,
+    n_replicas: int = 1,
+    reserved_nbytes: int = 0,
+    memory: Memory | None = None,
+) -> int:
     """Bytes of host memory for one rank: the server's capacity on this node divided over its `n_local_ranks`.
 
     A configured capacity is taken as it is. Without one it is half of what is free after `reserved_nbytes`, and at most
-    64 GiB.
+    64 GiB. n_replicas: data-parallel copies of the model among these ranks. They start on their own, so some may have
+    taken their part already: what has to be free is the part of one.
     `memory` None: read now. Ranks that each read for themselves differ a little, and one that has allocated already
-    spoils the reading of the others: let all of them call this first and take the minimum.
+    spoils the reading of the others: let all of a replica call this first and take the minimum.
 
     Raises `ConfigError` if the configured capacity is not free, or if nothing is free at all.
     """
@@ -80,7 +88,7 @@ def host_capacity(config: Config, *, n_local_ranks: int, reserved_nbytes: int = 
                 "the KV pool less (--max-total-tokens)."
             )
         return capacity_nbytes // n_local_ranks
-    if capacity > free_nbytes:
+    if capacity // n_replicas > free_nbytes:
         raise ConfigError(
             f"tiers[0].capacity is {format_nbytes(capacity)}, but only {format_nbytes(max(0, free_nbytes))} of memory "
             f"is free for it: {_describe_free(memory, reserved_nbytes)}; give it less, or leave it out to have it "

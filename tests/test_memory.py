@@ -142,6 +142,13 @@ def test_a_configured_capacity_is_taken_as_it_is_and_divided_over_ranks() -> Non
     assert host_capacity(configured("80GiB"), n_local_ranks=4, memory=memory(80 * GIB)) == 20 * GIB
 
 
+def test_of_replicas_that_start_on_their_own_each_needs_room_for_its_part_only() -> None:
+    half_taken = memory(40 * GIB)
+    assert host_capacity(configured("80GiB"), n_local_ranks=4, n_replicas=2, memory=half_taken) == 20 * GIB
+    with pytest.raises(ConfigError, match=r"only 39\.0 GiB"):
+        host_capacity(configured("80GiB"), n_local_ranks=4, n_replicas=2, memory=memory(39 * GIB))
+
+
 def test_a_configured_capacity_that_is_not_free_is_refused_with_both_figures() -> None:
     with pytest.raises(ConfigError) as caught:
         host_capacity(configured("8GiB"), n_local_ranks=1, reserved_nbytes=2 * GIB, memory=memory(9 * GIB))
