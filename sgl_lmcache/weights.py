@@ -4,7 +4,7 @@ SGLang flushes its cache after an update, but not if it is told not to, nor whil
 computing with what it has read before. So the cache is tainted before the first byte of a weight changes, by hooks on
 the scheduler's weight updater, and stays so until everything is dropped (`TieredRadixCache.taint`).
 
-There are four doors to new weights. Disk and IPC updates are one call each. Tensor and distributed updates are only
+There are five doors to new weights. Disk and IPC updates are one call each. Tensor and distributed updates are only
 accepted between `begin_weight_update` and `end_weight_update`, and so is writing weights from outside (P2P, RDMA), so
 for those the two ends of the session are what counts. A flush inside a session drops what there is, but does not lift
 the taint: more may come.
@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.io_struct import CheckWeightsReqInput
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 
     from sgl_lmcache.cache import TieredRadixCache
@@ -32,6 +33,7 @@ def register() -> None:
     for name in SINGLE_CALLS:
         HookRegistry.register(f"{UPDATER}.{name}", before_update, HookType.BEFORE)
         HookRegistry.register(f"{UPDATER}.{name}", after_update, HookType.AFTER)
+    HookRegistry.register(f"{UPDATER}.check_weights", before_check, HookType.BEFORE)
     HookRegistry.register(f"{UPDATER}.begin_weight_update", before_session, HookType.BEFORE)
     HookRegistry.register(f"{UPDATER}.end_weight_update", after_session, HookType.AFTER)
 
@@ -48,6 +50,12 @@ def after_update(_result: Any, updater: SchedulerWeightUpdaterManager, *_args: A
     cache = _cache_of(updater)
     if cache is not None:
         cache.weights_updated(is_idle=updater.is_fully_idle(ignore_waiting=True))
+
+
+def before_check(updater: SchedulerWeightUpdaterManager, request: CheckWeightsReqInput) -> None:
+    """Of the checker's actions one changes the weights."""
+    if request.action == "reset_tensors":
+        before_update(updater)
 
 
 def before_session(updater: SchedulerWeightUpdaterManager, *_args: Any) -> None:
