@@ -30,6 +30,9 @@ class NullTier(Tier):
     def store(self, batch: Batch) -> Future[int]:
         return _done(0)
 
+    def touch(self, key: bytes) -> None:
+        pass
+
     def delete(self, keys: bytes) -> Future[int]:
         return _done(0)
 

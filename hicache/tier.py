@@ -1,11 +1,12 @@
 """The contract of a tier below host memory: SSD, or a store shared with other servers.
 
 A tier keeps pages by name and moves them between itself and slots of the slab. The engine talks to every tier through
-these eight methods and through nothing else, so a new tier is one file here and one line in the registry of kinds.
+these nine methods and through nothing else, so a new tier is one file here and one line in the registry of kinds.
 
 What every tier promises:
 
-- A call returns at once with a future; the I/O happens on threads of the tier. Only the thread that owns the engine
+- A call returns at once with a future; the I/O happens on threads of the tier. A tier that knows the answer already, as
+  one whose map is in memory does for `exists`, returns a future that is done. Only the thread that owns the engine
   calls a tier, so no method needs to be safe against another.
 - Batches are in prefix order, root side first, and an answer is always the length of a prefix: the pages before it are
   good, what lies behind it is unknown. A load of ten pages that answers 7 has filled the first seven slots and has
@@ -41,12 +42,15 @@ class Batch:
     parents: the key of each page's parent, likewise 32n bytes; 32 zero bytes stand for the root.
     tenant: the request's cache salt, empty for none. It is part of every key already; tiers use it for accounting.
     slots: int32[n], the slab slots that hold the bytes, or are to receive them.
+    depth: how many pages lie above the first one, so page i of the batch has `depth + i` above it. Of pages last used
+    together a tier evicts the deepest first.
     """
 
     keys: bytes
     parents: bytes
     tenant: str
     slots: NDArray[np.int32]
+    depth: int
 
     def __post_init__(self) -> None:
         n_pages = len(self.slots)
@@ -55,6 +59,8 @@ class Batch:
                 f"a batch of {n_pages} slots needs {KEY_NBYTES * n_pages} bytes of keys and of parents, "
                 f"got {len(self.keys)} and {len(self.parents)}"
             )
+        if self.depth < 0:
+            raise ValueError(f"a batch cannot begin at depth {self.depth}")
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -97,6 +103,13 @@ class Tier(ABC):
         """Persist the batch from its slots. Answers how many pages at its head are stored, or were already.
 
         A page becomes visible to `exists` and `load` only when all its bytes are in the store.
+        """
+
+    @abstractmethod
+    def touch(self, key: bytes) -> None:
+        """The page `key` and those above it are in use, so they are the last to be evicted.
+
+        Advice: a tier that is busy or does not hold the page may drop it. Never blocks and never fails.
         """
 
     @abstractmethod

@@ -54,4 +54,6 @@ def test_held_calls_take_effect_when_released() -> None:
 def test_a_batch_whose_sizes_disagree_is_refused() -> None:
     keys, parents = chain(3, "a")
     with pytest.raises(ValueError, match="a batch of 2 slots needs 64 bytes of keys"):
-        Batch(keys, parents, "", np.arange(2, dtype=np.int32))
+        Batch(keys, parents, "", np.arange(2, dtype=np.int32), depth=0)
+    with pytest.raises(ValueError, match="cannot begin at depth -1"):
+        Batch(keys, parents, "", np.arange(3, dtype=np.int32), depth=-1)

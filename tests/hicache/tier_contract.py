@@ -26,7 +26,7 @@ def chain(n_pages: int, seed: str) -> tuple[bytes, bytes]:
 
 def batch(n_pages: int, seed: str, first_slot: int = 0) -> Batch:
     keys, parents = chain(n_pages, seed)
-    return Batch(keys, parents, "", np.arange(first_slot, first_slot + n_pages, dtype=np.int32))
+    return Batch(keys, parents, "", np.arange(first_slot, first_slot + n_pages, dtype=np.int32), depth=0)
 
 
 class TierContract:
@@ -91,6 +91,27 @@ class TierContract:
         assert tier.store(batch(10, "a")).result() <= 6
         capacity = tier.capacity()
         assert 0 <= capacity.used_nbytes <= max(capacity.limit_nbytes, 6 * PAGE_NBYTES)
+        tier.close()
+
+    def test_a_path_can_be_stored_in_pieces(self) -> None:
+        tier, slab = self.open()
+        keys, parents = chain(6, "a")
+        upper = Batch(keys[:64], parents[:64], "", np.arange(2, dtype=np.int32), depth=0)
+        lower = Batch(keys[64:], parents[64:], "", np.arange(2, 6, dtype=np.int32), depth=2)
+        assert tier.store(upper).result() == (2 if self.keeps else 0)
+        assert tier.store(lower).result() == (4 if self.keeps else 0)
+        n_loaded = tier.load(batch(6, "a", first_slot=20)).result()
+        assert n_loaded == (6 if self.keeps else 0)
+        assert np.array_equal(slab[20 : 20 + n_loaded], slab[:n_loaded])
+        tier.close()
+
+    def test_touching_changes_no_answer(self) -> None:
+        tier, _ = self.open()
+        n_stored = tier.store(batch(4, "a")).result()
+        keys, _ = chain(5, "a")
+        for key in split(keys):
+            tier.touch(key)
+        assert tier.exists(keys).result() == n_stored
         tier.close()
 
     def test_an_empty_batch_is_legal(self) -> None:

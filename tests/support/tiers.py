@@ -25,13 +25,17 @@ def done(value: int) -> Future[int]:
 
 
 class MemoryTier(Tier):
-    """Keeps pages in a dictionary, up to `limit_pages`; then it stores no more. Answers at once."""
+    """Keeps pages in a dictionary, up to `limit_pages`; then it stores no more. Answers at once.
+
+    `touched` lists the keys of all `touch` calls, in order; it evicts nothing, so it has no other use for them.
+    """
 
     def __init__(self, slab: npt.NDArray[np.uint8], limit_pages: int) -> None:
         self._slab = slab
         self._limit_pages = limit_pages
         self._pages: dict[bytes, bytes] = {}
         self._counts = {"loaded": 0, "stored": 0, "deleted": 0}
+        self.touched: list[bytes] = []
         self.closed = False
 
     @property
@@ -55,6 +59,9 @@ class MemoryTier(Tier):
             self._pages[key] = self._slab[slot].tobytes()
             self._counts["stored"] += 1
         return done(len(batch))
+
+    def touch(self, key: bytes) -> None:
+        self.touched.append(key)
 
     def delete(self, keys: bytes) -> Future[int]:
         n_deleted = sum(self._pages.pop(key, None) is not None for key in split(keys))
@@ -128,6 +135,10 @@ class FaultyTier(Tier):
 
     def store(self, batch: Batch) -> Future[int]:
         return self._call(lambda: self._inner.store(batch))
+
+    def touch(self, key: bytes) -> None:
+        """Neither held nor failed: a tier may drop it, so no caller can depend on it."""
+        self._inner.touch(key)
 
     def delete(self, keys: bytes) -> Future[int]:
         return self._call(lambda: self._inner.delete(keys))
