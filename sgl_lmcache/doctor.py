@@ -26,12 +26,15 @@ from enum import StrEnum
 from pathlib import Path
 
 import sgl_lmcache
-from sgl_lmcache import BACKEND, SGLANG_VERSION
+from sgl_lmcache import BACKEND, SGLANG_VERSION, seams
 from sgl_lmcache.config import VARIABLE, Config, ConfigError, from_environment
 from sgl_lmcache.cpu import has_gpu
 from sgl_lmcache.memory import Memory, format_nbytes, host_capacity, read_memory
+from sgl_lmcache.seam_table import SEAMS
 
 ENTRY_POINT_GROUP = "sglang.srt.plugins"
+"""SGLang's `GENERAL_PLUGINS_GROUP`."""
+
 ROOMS = ("radix", "hicache", "transfer")
 DEFAULT_PORT = 30000
 
@@ -61,12 +64,13 @@ class Finding:
 
 
 def examine(env: Mapping[str, str], *, port: int = DEFAULT_PORT) -> list[Finding]:
-    """Read this machine and answer every check, in the order in which they should be repaired. Takes about a second."""
+    """Read this machine and answer every check, in the order in which they should be repaired. Takes a few seconds."""
     gpu = has_gpu()
     compiler = _compiler(env)
     configuration = _read_configuration(env)
     return [
-        check_sglang(_installed_version("sglang")),
+        check_sglang(seams.installed_version()),
+        check_seams(seams.differences()),
         check_plugin(_plugin_names(), env.get("SGLANG_PLUGINS", "")),
         check_rooms(_room_origins(), Path(sgl_lmcache.__file__).parent.parent),
         check_gpu(gpu),
@@ -90,6 +94,16 @@ def check_sglang(installed: str | None) -> Finding:
         what = f"{installed} is installed, and this version works with {SGLANG_VERSION} only: it hooks into internals"
         return Finding(check, Level.FAIL, what, advice)
     return Finding(check, Level.OK, installed)
+
+
+def check_seams(differences: Sequence[str]) -> Finding:
+    """`differences`: between SGLang's internals and those that this version was written against."""
+    check = "SGLang's internals"
+    if differences:
+        return Finding(
+            check, Level.FAIL, "\n".join(differences), f"pip install --force-reinstall sglang=={SGLANG_VERSION}"
+        )
+    return Finding(check, Level.OK, f"all {len(SEAMS)} names that this version uses are as they were")
 
 
 def check_plugin(names: Collection[str], allowed: str) -> Finding:
@@ -234,13 +248,6 @@ def _read_configuration(env: Mapping[str, str]) -> Config | ConfigError:
         return from_environment(env)
     except ConfigError as error:
         return error
-
-
-def _installed_version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _plugin_names() -> set[str]:

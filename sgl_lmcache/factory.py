@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -23,29 +22,20 @@ from sglang.srt.mem_cache.registry import (
     create_unified_radix_cache,
     default_radix_cache_factory,
 )
-from sglang.srt.runtime_context import (
-    get_context,
-    get_disagg,
-    get_exec,
-    get_lora,
-    get_memory,
-    get_parallel,
-    get_serving,
-    get_spec,
-)
+from sglang.srt.runtime_context import get_context, get_lora, get_parallel
 
 from hicache import Engine
 from radix import HOST, Index
-from sgl_lmcache import BACKEND, SGLANG_VERSION
+from sgl_lmcache import BACKEND
 from sgl_lmcache.cache import TieredRadixCache
 from sgl_lmcache.config import Config, from_environment
-from sgl_lmcache.errors import RefusedError, StartError
+from sgl_lmcache.errors import StartError
 from sgl_lmcache.linker import Linker
 from sgl_lmcache.memory import host_capacity
 from sgl_lmcache.namespace import Namespace, adapters_identity, model_identity, scales_identity
-from sgl_lmcache.page_size import check_page_size
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache.ranks import UNKNOWN, Ranks, ranks_of
+from sgl_lmcache.refusals import refuse_unsupported
 from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout
 from transfer.slab import Slab
@@ -93,39 +83,6 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
     _log_start(layout, slab, device_pool, namespace)
     return cache
-
-
-def refuse_unsupported(ctx: TreeCacheBuildContext) -> None:
-    """Raise `RefusedError` for what this version does not do. A closed list: what is not named here works."""
-    parallel, memory, disagg = get_parallel(), get_memory(), get_disagg()
-    if version("sglang") != SGLANG_VERSION:
-        raise RefusedError(f"it extends internals of SGLang {SGLANG_VERSION}, and this is {version('sglang')}")
-    check_page_size(ctx.params.page_size)
-    if ctx.params.pp_size > 1:
-        raise RefusedError("pipeline parallel stages cannot agree on what to restore (--pp-size must be 1)")
-    if ctx.params.attn_cp_size > 1 or parallel.dcp_size > 1:
-        raise RefusedError("with context parallel a rank holds only a slice of each page")
-    if get_spec().speculative_algorithm is not None:
-        raise RefusedError("with speculative decoding the draft's KV would be missing after a hit")
-    if ctx.is_hybrid_swa:
-        raise RefusedError(
-            "the model has sliding-window layers with a pool of their own; add --disable-hybrid-swa-memory"
-        )
-    if ctx.is_hybrid_ssm:
-        raise RefusedError("Mamba layers keep states, not pages")
-    if memory.enable_hierarchical_cache or memory.enable_hisparse or memory.enable_unified_memory:
-        raise RefusedError("--enable-hierarchical-cache, HiSparse and unified memory manage host memory themselves")
-    if disagg.disaggregation_mode != "null" or disagg.enable_pdmux:
-        raise RefusedError("disaggregated and multiplexed prefill and decode call a cache in ways not supported yet")
-    if get_serving().enable_streaming_session:
-        raise RefusedError("streaming sessions keep KV outside the radix cache (--enable-streaming-session)")
-    if get_exec().dllm.dllm_algorithm is not None:
-        raise RefusedError("diffusion language models never start what they ask the cache to restore")
-    if not (memory.enable_unified_cache_external_linker and memory.enable_lmcache):
-        raise StartError(
-            "sgl_lmcache: the hook on Scheduler.__init__ has not run, so SGLang would never ask for stored pages; "
-            "look above for an error of the plug-in, and run `sgl-lmcache doctor`."
-        )
 
 
 def _compile_hash_extension() -> None:

@@ -43,9 +43,11 @@ def _before_resolution(server_args: ServerArgs) -> None:
         return
     if getattr(server_args, "_resolution_finished", False):
         return
+    from sgl_lmcache import seams
     from sgl_lmcache.config import from_environment
     from sgl_lmcache.page_size import set_page_size
 
+    seams.require_version()
     from_environment()
     set_page_size(server_args)
 
@@ -59,6 +61,10 @@ def _before_scheduler(*_args: Any, **_kwargs: Any) -> None:
 
 
 def _build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
+    from sgl_lmcache import seams
+
+    # First: the factory's own imports may be what is missing.
+    seams.require()
     from sgl_lmcache.factory import build
 
     return build(ctx)

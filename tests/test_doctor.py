@@ -34,6 +34,12 @@ def test_sglang() -> None:
     assert_bad(doctor.check_sglang("0.5.24"), Level.FAIL, "0.5.24 is installed", f"sglang=={SGLANG_VERSION}")
 
 
+def test_sglang_whose_internals_differ() -> None:
+    assert_ok(doctor.check_seams([]))
+    different = doctor.check_seams(["a.b is missing (for c)", "d is now a function (for e)"])
+    assert_bad(different, Level.FAIL, "a.b is missing (for c)\nd is now", f"sglang=={SGLANG_VERSION}")
+
+
 @pytest.mark.parametrize("allowed", ["", "sgl_lmcache", "other, sgl_lmcache", " , "])
 def test_plugin_that_is_loaded(allowed: str) -> None:
     assert_ok(doctor.check_plugin({"sgl_lmcache", "other"}, allowed))
@@ -159,7 +165,7 @@ def test_a_port_that_somebody_listens_on_is_taken() -> None:
 
 def test_every_check_answers_on_this_machine() -> None:
     findings = doctor.examine({})
-    assert len({finding.check for finding in findings}) == len(findings) == 12
+    assert len({finding.check for finding in findings}) == len(findings) == 13
     assert all(finding.what for finding in findings)
     assert all(bool(finding.advice) == (finding.level is not Level.OK) for finding in findings)
 

@@ -1,0 +1,33 @@
+"""What the whole list of refusals rests on: a real start ends with its sentence. Two rows, for a start takes long."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.server.traffic import N_HBM_TOKENS
+from tests.support.server import START_TIMEOUT_S, STOP_TIMEOUT_S, Server, Setup, wait_for
+
+pytestmark = pytest.mark.server
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        # The user's own argument, which our hook's override hides in the published configuration.
+        (("--enable-lmcache",), "LMCache would keep the same pages; leave --enable-lmcache out."),
+        (("--enable-streaming-session",), "streaming sessions keep KV outside the radix cache"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
+)
+def test_a_refused_combination_stops_the_start(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    server = Server(Setup("refused", ("--max-total-tokens", str(N_HBM_TOKENS), *arguments)), tmp_path)
+    with server.launch() as processes:
+        assert processes.wait(START_TIMEOUT_S) != 0
+        wait_for("all its processes have ended", lambda: not processes.members() or None, STOP_TIMEOUT_S)
+        refusal = r"sgl_lmcache does not run here: [^\n]*" + re.escape(sentence)
+        assert re.search(refusal, processes.log()), processes.log_tail()
+        assert "The server is fired up" not in processes.log()
+    server.stop()
