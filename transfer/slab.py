@@ -121,9 +121,15 @@ class Slab:
 
 
 def _mapped(fd: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """The whole file as an array. The array owns the mapping, so it is unmapped with the last view."""
+    """The whole file as an array, for its owner only and left out of core dumps.
+
+    The array owns the mapping, so it is unmapped with the last view.
+    """
+    os.fchmod(fd, 0o600)
     os.posix_fallocate(fd, 0, nbytes)
-    return np.frombuffer(mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), dtype=np.uint8)
+    mapping = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    mapping.madvise(mmap.MADV_DONTDUMP)
+    return np.frombuffer(mapping, dtype=np.uint8)
 
 
 def _available_nbytes() -> int:

@@ -4,8 +4,10 @@ import gc
 import mmap
 import os
 import resource
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +30,15 @@ def test_one_memory_under_array_tensor_and_descriptor() -> None:
     assert slab.array.shape == (3, 8192)
     assert slab.array.dtype == np.uint8
     assert slab.nbytes == 3 * 8192
+    slab.close()
+
+
+def test_the_memory_is_its_owners_and_not_in_core_dumps() -> None:
+    slab = Slab(4, 4096)
+    assert stat.S_IMODE(os.fstat(slab.fd).st_mode) == 0o600
+    smaps = Path("/proc/self/smaps").read_text().split(f"{slab.address:x}-", 1)[1]
+    flags = next(line for line in smaps.splitlines() if line.startswith("VmFlags:"))
+    assert " dd" in flags, "madvise(MADV_DONTDUMP)"
     slab.close()
 
 
