@@ -233,6 +233,8 @@ class Engine:
 
         Not while a page of it arrives in host memory, nor while another request computes what it lacks.
         """
+        if self.tainted:
+            return True
         if ticket.verdict is Verdict.WAIT:
             return False
         if self._prefills.enter(ticket.prefill):
@@ -307,8 +309,17 @@ class Engine:
     # ---- life ----
 
     def taint(self) -> None:
-        """What is in HBM or in host memory may be wrong: promise nothing and keep nothing until the next `reset`."""
+        """What is in HBM or in host memory may be wrong: promise nothing and keep nothing until the next `reset`.
+
+        Nobody waits any more either: there is nothing to wait for, and ranks that have come to disagree about what is
+        kept would disagree about who waits.
+        """
         self.tainted = True
+        for ticket in self._arriving.waiting():
+            self._arriving.discard(ticket)
+            ticket.verdict = Verdict.GO
+        for ticket in self._following.waiting():
+            self._following.discard(ticket)
 
     def _decided(self, *numbers: int) -> None:
         self.digest = hash((self.digest, *numbers))

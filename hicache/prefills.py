@@ -7,7 +7,8 @@ tree, then hits them.
 A prefill has one moving part, its frontier: the first of its pages that is neither in HBM nor in host memory. What lies
 before it can be had, and what lies behind it is what its forward computes. Two requests compute the same pages if and
 only if the keys at their frontiers are equal, since a key stands for its whole prefix; so leaders are found by the key
-at their frontier, and how far two agree is a binary search over their keys.
+at their frontier, and how far two agree is a binary search over their keys. Several may lead from one frontier: those
+that share too little to be worth waiting for, say a system prompt before different documents.
 
     enter      an admission attempt: lead (compute), or follow (stay in the queue)
     launch     its batch runs: the leader stays one until its pages are all there, or it ends
@@ -22,6 +23,7 @@ every rank takes the same ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from radix import HBM, HOST, KEY_NBYTES, Index
 
@@ -57,7 +59,7 @@ class Prefills:
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._leaders: dict[bytes, Prefill] = {}
+        self._leaders: dict[bytes, list[Prefill]] = {}
         self._swept_at = -1
 
     def enter(self, prefill: Prefill) -> bool:
@@ -70,19 +72,18 @@ class Prefills:
         prefill.frontier = self._frontier(prefill, 0)
         if prefill.frontier == prefill.n_pages:
             return True
-        leader = self._leaders.get(prefill.key_at(prefill.frontier))
-        if leader is None or leader is prefill or not self._is_live(leader):
-            self._leaders[prefill.key_at(prefill.frontier)] = prefill
-            prefill.entered_at = self._index.now
-            return True
-        if leader is prefill.refused:
-            return True
-        n_shared = _n_shared(leader, prefill)
-        if n_shared < MIN_SHARED_PAGES and prefill.frontier + n_shared < prefill.n_pages:
-            return True
-        prefill.leader = leader
-        prefill.follow_end = leader.frontier + n_shared
-        return False
+        beside = self._leaders.setdefault(prefill.key_at(prefill.frontier), [])
+        for leader in beside:
+            if leader is prefill or leader is prefill.refused or not self._is_live(leader):
+                continue
+            n_shared = _n_shared(leader, prefill)
+            if n_shared >= MIN_SHARED_PAGES or prefill.frontier + n_shared == prefill.n_pages:
+                prefill.leader, prefill.follow_end = leader, leader.frontier + n_shared
+                return False
+        if prefill not in beside:
+            beside.append(prefill)
+        prefill.entered_at = self._index.now
+        return True
 
     def launch(self, prefill: Prefill) -> None:
         """The batch that computes it has been launched."""
@@ -98,7 +99,7 @@ class Prefills:
 
     def clear(self) -> None:
         """Nobody leads any more: what was published is gone."""
-        for leader in self._leaders.values():
+        for leader in chain.from_iterable(self._leaders.values()):
             self.end(leader)
         self._leaders.clear()
 
@@ -113,11 +114,11 @@ class Prefills:
         """Once a pass: see how far the leaders have come."""
         self._swept_at = self._index.now
         leaders, self._leaders = self._leaders, {}
-        for leader in leaders.values():
+        for leader in chain.from_iterable(leaders.values()):
             if self._is_live(leader):
                 leader.frontier = self._frontier(leader, leader.frontier)
                 if leader.frontier < leader.n_pages:
-                    self._leaders[leader.key_at(leader.frontier)] = leader
+                    self._leaders.setdefault(leader.key_at(leader.frontier), []).append(leader)
 
     def _frontier(self, prefill: Prefill, start: int) -> int:
         """The first page from `start` on that is neither in HBM nor in host memory."""

@@ -1,6 +1,7 @@
 import pytest
 
-from hicache import Engine, Ticket, Verdict
+from hicache import Engine, Offload, Ticket, Verdict
+from hicache.engine import FOLLOW_TIMEOUT_S
 from radix import HBM, HOST, Index, State
 from tests.support.keys import path_keys
 
@@ -293,3 +294,129 @@ def test_reset_with_a_copy_under_way_is_our_bug(clock: Clock) -> None:
     assert engine.begin_offload(path_keys("ab")) is not None
     with pytest.raises(AssertionError, match="1 copies have begun"):
         engine.reset()
+
+
+# ---- what ranks agree on ----
+
+
+def incoming(engine: Engine, path: str) -> tuple[bytes, Offload]:
+    """A path whose pages have left HBM while they are on their way into host memory."""
+    keys = path_keys(path)
+    offload = engine.begin_offload(keys)
+    assert offload is not None
+    engine.hbm_evicted(keys)
+    return keys, offload
+
+
+def test_a_deadline_passes_when_the_ranks_have_agreed_and_not_by_the_clock(clock: Clock) -> None:
+    engine = make_engine(8, clock)
+    keys, _ = incoming(engine, "ab")
+    ticket = engine.open_ticket(keys, None)
+    assert engine.n_waiting == 1
+    clock.now_s = 5.0
+    assert engine.n_overdue() == (1, 0)
+    engine.poll_tickets()
+    assert not engine.admit(ticket), "another rank's clock may say otherwise"
+    engine.expire(1, 0)
+    assert engine.n_waiting == 0
+    assert engine.admit(ticket)
+    assert engine.stats.tickets_expired == 1
+
+
+def test_expiry_is_in_the_order_of_arrival(clock: Clock) -> None:
+    engine = make_engine(8, clock)
+    first = engine.open_ticket(incoming(engine, "ab")[0], None)
+    second = engine.open_ticket(incoming(engine, "cd")[0], None)
+    engine.expire(1, 0)
+    assert (first.verdict, second.verdict) == (Verdict.GO, Verdict.WAIT)
+
+
+def test_a_follower_waits_until_its_leader_ends(clock: Clock) -> None:
+    engine = make_engine(8, clock)
+    keys = path_keys("abcd")
+    leader, follower = engine.open_ticket(keys, None), engine.open_ticket(keys, None)
+    assert engine.admit(leader)
+    prefill = engine.launch(leader)
+    for _ in range(2):
+        engine.tick()
+        assert not engine.admit(follower)
+    assert engine.n_waiting == 1
+    assert engine.stats.followers == 1, "it is one wait, however often it asks"
+    engine.end_prefill(prefill)
+    assert engine.admit(follower)
+    assert engine.n_waiting == 0
+
+
+def test_a_follower_whose_time_is_up_computes(clock: Clock) -> None:
+    engine = make_engine(8, clock)
+    keys = path_keys("abcd")
+    leader, follower = engine.open_ticket(keys, None), engine.open_ticket(keys, None)
+    assert engine.admit(leader)
+    engine.launch(leader)
+    assert not engine.admit(follower)
+    clock.now_s = FOLLOW_TIMEOUT_S
+    assert engine.n_overdue() == (0, 1)
+    engine.expire(0, 1)
+    assert engine.admit(follower)
+    assert engine.stats.followers_expired == 1
+
+
+def test_a_closed_ticket_leads_and_waits_no_more(clock: Clock) -> None:
+    engine = make_engine(8, clock)
+    keys = path_keys("abcd")
+    leader, follower, third = (engine.open_ticket(keys, None) for _ in range(3))
+    assert engine.admit(leader)
+    assert not engine.admit(follower)
+    engine.close_ticket(follower)
+    assert engine.n_waiting == 0
+    engine.close_ticket(leader)
+    assert engine.admit(third)
+
+
+def test_a_tainted_engine_promises_and_keeps_nothing_and_makes_nobody_wait(clock: Clock) -> None:
+    engine = make_engine(16, clock)
+    kept, (arriving, offload) = path_keys("abcd"), incoming(engine, "ef")
+    store(engine, kept)
+    assert engine.lookup(kept) == 4
+    tickets = [engine.open_ticket(keys, None) for keys in (arriving, path_keys("xyz"), path_keys("xyz"))]
+    assert [engine.admit(ticket) for ticket in tickets] == [False, True, False]
+    engine.taint()
+    assert engine.lookup(kept) == 0
+    assert engine.begin_restore(kept) is None, "what was promised in this tick is not kept either"
+    assert engine.begin_offload(path_keys("gh")) is None
+    assert engine.stats.skipped_tainted == 2
+    assert engine.index.count(HBM, State.RESIDENT) == 6, "HBM is still followed"
+    assert engine.n_waiting == 0
+    assert all(engine.admit(ticket) for ticket in tickets)
+    assert len(engine.open_ticket(kept, None).rows) == 0
+    engine.finish_offload(offload, landed=True)
+    assert engine.lookup(arriving) == 0, "it was on its way when the taint came"
+    engine.reset()
+    assert not engine.tainted
+    assert store(engine, kept) == 4
+    assert engine.lookup(kept) == 4
+
+
+def test_equal_calls_give_equal_digests_and_other_decisions_other_ones(clock: Clock) -> None:
+    first, second = make_engine(8, clock), make_engine(8, clock)
+    for engine in (first, second):
+        store(engine, path_keys("abcd"))
+        engine.lookup(path_keys("ab"))
+    assert first.digest == second.digest != 0
+    first.lookup(path_keys("ab"))
+    second.lookup(path_keys("abc"))
+    assert first.digest != second.digest
+
+
+def test_a_write_back_that_only_one_rank_has_is_in_the_digest(clock: Clock) -> None:
+    first, second = make_engine(8, clock), make_engine(8, clock)
+    store(first, path_keys("ab"))
+    second.skip_offload(path_keys("ab"))
+    assert first.digest != second.digest
+
+
+def test_a_reset_starts_the_digest_anew(clock: Clock) -> None:
+    engine = make_engine(8, clock)
+    store(engine, path_keys("ab"))
+    engine.reset()
+    assert engine.digest == 0

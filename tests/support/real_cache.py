@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,9 @@ from sgl_lmcache.linker import Linker
 from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache.ranks import OneRank, Ranks
+from transfer.copies import Copies, DevicePool
 from transfer.cpu import CpuCopies
+from transfer.layout import PageLayout
 from transfer.slab import Slab
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
@@ -86,7 +88,10 @@ class RealCache:
         tree_core: str | None = None,
         max_len: int = 4096,
         max_pending_pages: int = 1 << 30,
+        max_leased_share: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
         ranks: Ranks | None = None,
+        make_copies: Callable[[DevicePool, PageLayout, Slab], Copies] = CpuCopies,
     ) -> None:
         args = ServerArgs(model_path="dummy", device="cpu", page_size=page_size)
         args.resolve_once()
@@ -99,9 +104,10 @@ class RealCache:
         self.allocator = PagedTokenToKVPoolAllocator(
             n_tokens, page_size, torch.float32, "cpu", self.pool, need_sort=False
         )
+        self.req_to_token_pool = ReqToTokenPool(64, max_len, "cpu", enable_memory_saver=False)
         params = CacheInitParams(
             disable=False,
-            req_to_token_pool=ReqToTokenPool(8, max_len, "cpu", enable_memory_saver=False),
+            req_to_token_pool=self.req_to_token_pool,
             token_to_kv_pool_allocator=self.allocator,
             page_size=page_size,
             tree_components=(ComponentType.FULL,),
@@ -110,9 +116,14 @@ class RealCache:
         device_pool, layout = describe_pool(self.pool, page_size)
         self.slab = Slab(n_slots, layout.slot_nbytes)
         self.engine = Engine(
-            Index(2 * (n_device_pages + n_slots) + 64), n_slots, clock=time.monotonic, ticket_timeout_s=60.0
+            Index(2 * (n_device_pages + n_slots) + 64),
+            n_slots,
+            clock=clock,
+            ticket_timeout_s=60.0,
+            max_leased_share=max_leased_share,
         )
-        self.copies = CpuCopies(device_pool, layout, self.slab)
+        self.layout = layout
+        self.copies = make_copies(device_pool, layout, self.slab)
         self.linker = Linker(
             self.engine,
             self.copies,
@@ -124,7 +135,6 @@ class RealCache:
         self.cache = TieredRadixCache(params)
         self.cache.attach(self.linker, namespace(), ranks or OneRank())
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
-        self.page_of_key: dict[bytes, int] = {}
 
     # ---- the scheduler's part ----
 
