@@ -205,15 +205,14 @@ class TieredRadixCache(UnifiedRadixCache):
         return super().evict_for_alloc(params, allocation_reclaim_satisfied=allocation_reclaim_satisfied)
 
     def _unlock_write_backs(self, n_tokens: int) -> None:
-        """SGLang needs room that pages locked by their write-back would give: wait for those copies.
+        """SGLang needs room that pages locked by their write-back would give: wait for the first of those copies.
 
         They take milliseconds, and without them SGLang would retract or abort a request whose batch has no other way
         to grow: stock SGLang would find the same pages evictable.
         """
-        if self.linker is not None and self.linker.pending_offloads and self.evictable_size() < n_tokens:
-            self.linker.cache_linker.copies.quiesce()
-            while self.linker.pending_offloads:
-                self._agree()
+        while self.linker is not None and self.linker.pending_offloads and self.evictable_size() < n_tokens:
+            self.linker.cache_linker.wait_write_back()
+            self._agree()
 
     def _evict_device_leaf(self, node_id: NodeId, tracker: dict[ComponentType, int]) -> BackupKV | None:
         """SGLang evicts a leaf from HBM: tell the index before the node is gone."""

@@ -4,10 +4,11 @@ It stands in the place of SGLang's `UnifiedCacheLinker`, without being a subclas
 the parent of the pages it gets, and without the parent a page has no place in a radix tree. Our wrapper calls
 `write_back` with it, and calls the rest as the original does.
 
-Order is part of the contract: SGLang pairs completions with its own list of pending nodes by position. So every call of
-`write_back` adds one entry, whether or not it copies anything, and entries are popped from the front only. Each reports
-success, also when nothing was kept: a node that SGLang believes unstored is offered again on every later insert along
-its path, which is quadratic in the depth of a conversation. What was not kept is counted by the engine instead.
+Order is part of the contract: SGLang pairs completions with its own list of pending nodes by position. So entries are
+popped from the front only, and a write-back that copies nothing adds none: its pages need no lock, and would otherwise
+stay locked behind the copies of others. Each reports success, also when nothing was kept: a node that SGLang believes
+unstored is offered again on every later insert along its path, which is quadratic in the depth of a conversation. What
+was not kept is counted by the engine instead.
 
 Life of the slots: the engine leases them at `begin_*`, and this file calls the matching `finish_*` only when the copy
 says that it is done, on every rank. A rank sees for itself how far its copies are (`progress`); nothing follows from
@@ -56,22 +57,18 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _WriteBack:
-    """One node's write-back. Both fields are None when there was nothing to copy."""
+    """One node's write-back."""
 
-    offload: Offload | None
-    copy: Copy | None
-
-    @property
-    def ended(self) -> bool:
-        return self.copy is None or self.copy.done()
+    offload: Offload
+    copy: Copy
 
     @property
     def landed(self) -> bool:
-        return self.ended and (self.copy is None or self.copy.failed is None)
+        return self.copy.done() and self.copy.failed is None
 
     @property
     def n_pages(self) -> int:
-        return 0 if self.offload is None else len(self.offload.rows)
+        return len(self.offload.rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,34 +151,35 @@ class Linker:
 
     # ---- HBM -> host ----
 
-    def write_back(self, keys: bytes, parent: bytes | None, device_indices: torch.Tensor) -> None:
-        """Keep these pages, which SGLang holds locked in HBM until the entry that this adds is popped.
+    def write_back(self, keys: bytes, parent: bytes | None, device_indices: torch.Tensor) -> bool:
+        """Keep these pages. True: they are being copied, and SGLang holds them locked in HBM until the entry is popped.
 
         keys: 32n bytes below the page `parent`. device_indices: int64[n * page_size], whole pages of token rows.
         """
         if self._n_pending_pages > self._max_pending_pages:
             self.engine.skip_offload(keys, parent)
-            offload = None
-        else:
-            offload = self.engine.begin_offload(keys, parent)
-        copy = None
-        if offload is not None:
-            pages = self._pages(device_indices)[offload.positions]
-            copy = self.copies.offload(pages, offload.slots)
-        write_back = _WriteBack(offload, copy)
+            return False
+        offload = self.engine.begin_offload(keys, parent)
+        if offload is None:
+            return False
+        pages = self._pages(device_indices)[offload.positions]
+        write_back = _WriteBack(offload, self.copies.offload(pages, offload.slots))
         self._n_pending_pages += write_back.n_pages
         self._write_backs.append(write_back)
+        return True
 
     def pop_write_back(self, *, landed: bool) -> None:
         """Take the first write-back out of the line. It has ended on every rank, and well if `landed`."""
         write_back = self._write_backs.popleft()
         self._n_pending_pages -= write_back.n_pages
-        if write_back.offload is not None and write_back.copy is not None:
-            if write_back.copy.failed is not None:
-                logger.error(
-                    "%d pages were not copied to host memory", write_back.n_pages, exc_info=write_back.copy.failed
-                )
-            self.engine.finish_offload(write_back.offload, landed=landed)
+        if write_back.copy.failed is not None:
+            logger.error("%d pages were not copied to host memory", write_back.n_pages, exc_info=write_back.copy.failed)
+        self.engine.finish_offload(write_back.offload, landed=landed)
+
+    def wait_write_back(self) -> None:
+        """Block until the first write-back has ended on this rank, well or badly. There has to be one."""
+        with suppress(CopyError):
+            self._write_backs[0].copy.wait()
 
     # ---- what the ranks have to agree on ----
 
@@ -193,7 +191,7 @@ class Linker:
     def progress(self) -> Progress:
         """How far this rank's copies are. Never blocks."""
         n_landed = _n_leading(write_back.landed for write_back in self._write_backs)
-        n_ended = _n_leading(write_back.ended for write_back in self._write_backs)
+        n_ended = _n_leading(write_back.copy.done() for write_back in self._write_backs)
         return Progress(n_ended, n_landed, _n_leading(load.copy.done() for load in self._running))
 
     def end_restores(self, n: int) -> None:

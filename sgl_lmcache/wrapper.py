@@ -103,7 +103,7 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
     # ---- write-back ----
 
     def _offload_node(self, node_id: NodeId, transfers: list[PoolTransfer]) -> None:
-        """A node has been inserted: hand its pages, or its whole path, to the linker; lock it until they are out."""
+        """A node has been inserted: hand its pages, or its whole path, to the linker; lock it while they are copied."""
         core = self.cache.tree_core
         (kv,) = transfers
         keys = to_blob(kv.keys)
@@ -116,9 +116,12 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
             keys = to_blob(core.get_prefix_hash_values(node_id)) + keys
             device_indices = core.collect_full_device_indices(node_id, path[0].parent_id)
         assert len(keys) // KEY_NBYTES * self.cache.page_size == len(device_indices)
-        lock_params = self.cache.inc_lock_ref(node_id).to_dec_params()
-        self.cache_linker.write_back(keys, parent, device_indices)
+        copying = self.cache_linker.write_back(keys, parent, device_indices)
         core.mark_external_linker_offload_pending(node_id)
+        if not copying:
+            core.finish_external_linker_offload([node_id], node_id, True)
+            return
+        lock_params = self.cache.inc_lock_ref(node_id).to_dec_params()
         self.pending_offloads.append(_PendingOffload(node_id, lock_params, [node_id]))
 
     def acknowledge(self, *, n_landed: int, n_failed: int) -> None:

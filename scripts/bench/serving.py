@@ -4,6 +4,7 @@
     python scripts/bench/serving.py ttft      [--tokens 8000] [--rounds 9]
     python scripts/bench/serving.py overhead  [--pairs 9]
     python scripts/bench/serving.py thread
+    python scripts/bench/serving.py ranks     [--tokens 2000] [--rounds 9]
 
 ttft: two prompts that do not fit into HBM together take turns: each is found in host memory when its turn comes, and
 in HBM when it is asked again at once. They are measured in alternation. "overhead" is host hit minus device hit; it
@@ -14,6 +15,9 @@ Pairs of runs alternate; the server that is not being measured is stopped (SIGST
 
 thread: what our calls take of SGLang's scheduler thread while it serves prompts that share nothing, by the tests' probe
 in the server's process: for each 1,000 prompt tokens, and for each turn of the scheduler's loop (as a decode step is).
+
+ranks: two ranks that agree by a small reduction whenever something is under way: how many there are for each 1,000
+prompt tokens and each 1,000 decode steps, how long they take, and `ttft` on such a server.
 
 Ratios of one run only: absolute times on a shared machine are noise.
 """
@@ -33,6 +37,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
@@ -73,12 +78,14 @@ def generate(client: Client, prompt: Sequence[int], max_new_tokens: int) -> tupl
 
 @contextmanager
 def server(
-    folder: Path, *, cached: bool, pool_tokens: int, environment: Mapping[str, str] = os.environ
+    folder: Path, *, cached: bool, pool_tokens: int, n_ranks: int = 1, environment: Mapping[str, str] = os.environ
 ) -> Iterator[Client]:
     """A server on the bench model. Both kinds get the same arguments but for our flag."""
     port = free_port()
     common = ["--model-path", str(make_model(RECIPES["bench"])), "--host", "127.0.0.1", "--port", str(port)]
     common += ["--max-total-tokens", str(pool_tokens), "--page-size", str(PAGE_SIZE)]
+    if n_ranks > 1:
+        common += ["--tp", str(n_ranks)]
     config = folder / "tiers.yaml"
     config.write_text("tiers:\n  - {type: host, capacity: 2GiB}\n")
     if cached:
@@ -108,22 +115,27 @@ def memcpy_s(nbytes: int) -> float:
 
 
 def run_ttft(n_tokens: int, n_rounds: int) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        client = stack.enter_context(server(Path(name), cached=True, pool_tokens=n_tokens * 3 // 2))
+        return ttft(client, n_tokens, n_rounds)
+
+
+def ttft(client: Client, n_tokens: int, n_rounds: int) -> dict[str, float]:
+    """Of a server whose HBM holds one and a half prompts of `n_tokens`."""
     prompts = Prompts(1)
     first, second = prompts.make(n_tokens), prompts.make(n_tokens)
     whole_pages = (n_tokens - 1) // PAGE_SIZE * PAGE_SIZE
     times: dict[str, list[float]] = {"cold": [], "device": [], "host": []}
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        client = stack.enter_context(server(Path(name), cached=True, pool_tokens=n_tokens * 3 // 2))
+    for prompt in (first, second):
+        times["cold"].append(generate(client, prompt, 1)[0])
+    for number in range(-1, n_rounds):
         for prompt in (first, second):
-            times["cold"].append(generate(client, prompt, 1)[0])
-        for number in range(-1, n_rounds):
-            for prompt in (first, second):
-                for kind in ("host", "device"):
-                    elapsed_s, found = generate(client, prompt, 1)
-                    assert found[kind] == whole_pages, f"meant as a {kind} hit, found {found}"
-                    if number >= 0:
-                        times[kind].append(elapsed_s)
-        copy_s = memcpy_s(whole_pages * TOKEN_NBYTES)
+            for kind in ("host", "device"):
+                elapsed_s, found = generate(client, prompt, 1)
+                assert found[kind] == whole_pages, f"meant as a {kind} hit, found {found}"
+                if number >= 0:
+                    times[kind].append(elapsed_s)
+    copy_s = memcpy_s(whole_pages * TOKEN_NBYTES)
     cold, device, host = (statistics.median(times[kind]) for kind in ("cold", "device", "host"))
     pairs = list(zip(times["host"], times["device"], strict=True))
     overheads = [in_host - in_device for in_host, in_device in pairs]
@@ -138,6 +150,36 @@ def run_ttft(n_tokens: int, n_rounds: int) -> dict[str, float]:
         "overhead_s": statistics.median(overheads),
         "memcpy_s": copy_s,
         "overhead_over_memcpy": statistics.median(overheads) / copy_s,
+    }
+
+
+def run_ranks(n_tokens: int, n_rounds: int) -> dict[str, float]:
+    """Two ranks; see the module's text."""
+    prompts = Prompts(4)
+    n_prompts, n_steps = 16, 1000
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        pool_tokens = n_tokens * 3 // 2
+        client = stack.enter_context(
+            server(folder, cached=True, pool_tokens=pool_tokens, n_ranks=2, environment=with_probe(folder))
+        )
+        seen = [inspection(folder, 1)]
+        for _ in range(n_prompts):
+            generate(client, prompts.make(512), 1)
+        seen.append(inspection(folder, 2))
+        generate(client, prompts.make(64), n_steps)
+        seen.append(inspection(folder, 3))
+        figures = ttft(client, n_tokens, n_rounds)
+        seen.append(inspection(folder, 4))
+    counts = [one["n_reductions"] for one in seen]
+    calls = [one["times"]["minimum"] for one in seen]
+    spent_us = (calls[-1]["total_ns"] - calls[0]["total_ns"]) / 1e3
+    return {
+        "reductions a 1,000 prompt tokens": (counts[1] - counts[0]) / (n_prompts * 512 / 1000),
+        "reductions a 1,000 decode steps": (counts[2] - counts[1]) / (n_steps / 1000),
+        "reductions in the rest": counts[3] - counts[2],
+        "us a reduction (rank 0, with waiting)": spent_us / max(1, calls[-1]["count"] - calls[0]["count"]),
+        **figures,
     }
 
 
@@ -175,18 +217,12 @@ def run_thread(n_prompts: int = 24, n_tokens: int = 512, n_new: int = 32) -> dic
     """Microseconds of the scheduler thread, by call."""
     prompts = Prompts(3)
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        probe = Path(__file__).resolve().parents[2] / "tests/support/probe"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(probe), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-            "SGL_LMCACHE_PROBE_DIR": name,
-            "SGL_LMCACHE_PROBE_TIMES": "1",
-        }
+        environment = with_probe(Path(name))
         client = stack.enter_context(server(Path(name), cached=True, pool_tokens=6144, environment=environment))
-        before = calls_so_far(Path(name), 1)
+        before = inspection(Path(name), 1)["times"]
         for _ in range(n_prompts):
             generate(client, prompts.make(n_tokens), n_new)
-        after = calls_so_far(Path(name), 2)
+        after = inspection(Path(name), 2)["times"]
     figures: dict[str, float] = {"prompt_tokens": n_prompts * n_tokens}
     events = "check_hicache_events"
     per_turn_us = (after[events]["total_ns"] - before[events]["total_ns"]) / 1e3
@@ -202,15 +238,26 @@ def run_thread(n_prompts: int = 24, n_tokens: int = 512, n_new: int = 32) -> dic
     return figures
 
 
-def calls_so_far(folder: Path, number: int) -> dict[str, dict[str, int]]:
-    """The probe's counters: by call, how often and how many nanoseconds."""
-    request, answer = folder / "request.part", folder / f"answer-{number}.json"
+def with_probe(folder: Path) -> dict[str, str]:
+    """Of a server that the tests' probe looks into and measures, by files in this folder."""
+    probe = Path(__file__).resolve().parents[2] / "tests/support/probe"
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(probe), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "SGL_LMCACHE_PROBE_DIR": str(folder),
+        "SGL_LMCACHE_PROBE_TIMES": "1",
+    }
+
+
+def inspection(folder: Path, number: int) -> dict[str, Any]:
+    """What the probe sees in rank 0, the number-th time that it is asked."""
+    request, answer = folder / "request.part", folder / f"answer-{number}-0.json"
     request.write_text(str(number))
     request.replace(folder / "request")
     while not answer.exists():
         time.sleep(0.05)
-    times: dict[str, dict[str, int]] = json.loads(answer.read_text())["times"]
-    return times
+    seen: dict[str, Any] = json.loads(answer.read_text())
+    return seen
 
 
 def burst_s(client: Client, batch: Sequence[Sequence[int]]) -> float:
@@ -242,7 +289,7 @@ def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="TTFT by tier, and the cost without reuse.")
-    parser.add_argument("what", choices=("ttft", "overhead", "thread"))
+    parser.add_argument("what", choices=("ttft", "overhead", "thread", "ranks"))
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--pairs", type=int, default=9)
@@ -252,6 +299,8 @@ def main() -> int:
         figures = run_ttft(arguments.tokens, arguments.rounds)
     elif arguments.what == "overhead":
         figures = run_overhead(arguments.pairs)
+    elif arguments.what == "ranks":
+        figures = run_ranks(arguments.tokens, arguments.rounds)
     else:
         figures = run_thread()
     if arguments.json:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from tests.server.traffic import N_HBM_TOKENS, PAGE_SIZE, Tolerance, greatest_gap, prompt, reusable
 from tests.support.server import Inspection, Server, Setup
@@ -27,6 +29,14 @@ CACHED = Setup("cached", ARGUMENTS, config="tiers: [{type: host, capacity: 24MiB
 PLAIN = Setup("plain", (*ARGUMENTS, "--sleep-on-idle"), cached=False)
 
 
+def at_tp(setup: Setup, n_ranks: int) -> Setup:
+    """The same with the model's heads shared out over so many ranks."""
+    if n_ranks == 1:
+        return setup
+    arguments = (*setup.arguments, "--tp", str(n_ranks))
+    return replace(setup, name=f"{setup.name}-tp{n_ranks}", arguments=arguments, n_ranks=n_ranks)
+
+
 class Fleet:
     """Servers by their setup, started when first asked for; the one asked for least recently makes room."""
 
@@ -38,13 +48,20 @@ class Fleet:
     def get(self, setup: Setup) -> Server:
         server = self._servers.pop(setup.name, None)
         if server is None:
-            while len(self._servers) >= MAX_ALIVE:
-                self._servers.pop(next(iter(self._servers))).stop()
+            self.make_room()
             self._n_started += 1
-            server = Server(setup, self._folder / f"{self._n_started}-{setup.name}").__enter__()
+            with ExitStack() as stack:
+                for other in self._servers.values():  # an idle scheduler spins, and a start needs all cores
+                    stack.enter_context(other.processes.frozen())
+                server = Server(setup, self._folder / f"{self._n_started}-{setup.name}").__enter__()
         self._servers[setup.name] = server
         server.check_alive()
         return server
+
+    def make_room(self) -> None:
+        """For one more server, the caller's own perhaps."""
+        while len(self._servers) >= MAX_ALIVE:
+            self._servers.pop(next(iter(self._servers))).stop()
 
     def stop(self) -> None:
         while self._servers:
@@ -60,19 +77,25 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         fleet.stop()
 
 
+@pytest.fixture(scope="session", params=[1, 2], ids=["tp1", "tp2"])
+def n_ranks(request: pytest.FixtureRequest) -> int:
+    """Of the servers that a test uses. Of the session, so that all tests with as many ranks come one after another."""
+    return int(request.param)
+
+
 @pytest.fixture
-def cached(fleet: Fleet) -> Iterator[Server]:
+def cached(fleet: Fleet, n_ranks: int) -> Iterator[Server]:
     """The server under test, empty. Whatever a test does, it has to leave it whole."""
-    server = fleet.get(CACHED)
+    server = fleet.get(at_tp(CACHED, n_ranks))
     server.flush()
     yield server
     check_at_rest(server)
 
 
 @pytest.fixture
-def plain(fleet: Fleet) -> Server:
+def plain(fleet: Fleet, n_ranks: int) -> Server:
     """Stock SGLang with the same arguments, empty."""
-    server = fleet.get(PLAIN)
+    server = fleet.get(at_tp(PLAIN, n_ranks))
     server.flush()
     return server
 
@@ -86,13 +109,13 @@ class Tolerances:
 
 
 @pytest.fixture(scope="package")
-def tolerances(fleet: Fleet) -> Tolerances:
+def tolerances(fleet: Fleet, n_ranks: int) -> Tolerances:
     """Measured on stock SGLang. Alone, a hit in HBM is compared with the cold answer.
 
     In a batch a row of a matrix product may be summed in another order, and the batch's make-up is a matter of timing.
     What is measured is the greatest of a sample, which another sample may well exceed: hence three times that.
     """
-    server = fleet.get(PLAIN)
+    server = fleet.get(at_tp(PLAIN, n_ranks))
     prompts = [prompt(("tolerance", number), 100 + 31 * number) for number in range(16)]
     server.flush()
     cold = server.generate_all(prompts, 12, n_at_once=1)
@@ -111,8 +134,19 @@ def tolerances(fleet: Fleet) -> Tolerances:
 
 
 def check_at_rest(server: Server) -> Inspection:
-    """Nothing under way, nothing broken, nothing leaked, and the index knows exactly what SGLang's tree holds."""
-    seen = server.at_rest()
+    """Nothing under way, nothing broken, nothing leaked, and the index knows exactly what SGLang's tree holds.
+
+    On every rank, and all ranks hold the same in the same slots.
+    """
+    ranks = server.ranks_at_rest()
+    for seen in ranks:
+        _check_whole(seen)
+        assert not seen.tainted
+        assert structs.replace(seen, n_delays=0, loop={}) == structs.replace(ranks[0], n_delays=0, loop={})
+    return ranks[0]
+
+
+def _check_whole(seen: Inspection) -> None:
     assert seen.violation is None
     assert seen.first_violation is None
     assert seen.n_checks > 0
@@ -123,4 +157,3 @@ def check_at_rest(server: Server) -> Inspection:
     assert seen.hbm["available"] + seen.hbm["evictable"] == seen.hbm["total"]
     assert seen.mirror["tree"] == seen.mirror["index"] == seen.hbm["evictable"] // PAGE_SIZE
     assert (seen.mirror["tree_unknown"], seen.mirror["tree_only"], seen.mirror["index_only"]) == (0, 0, 0)
-    return seen

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.server.conftest import Tolerances
 from tests.server.traffic import N_HBM_TOKENS, PAGE_SIZE, prompt, push_out, reusable, whole_pages
 from tests.support.server import ANSWER_TIMEOUT_S, Inspection, Server, wait_for
 
@@ -112,3 +113,59 @@ def test_flush_with_copies_in_flight(cached: Server) -> None:
     assert (empty.host["resident"], empty.mirror["tree"]) == (0, 0)
     assert (again.cached_tokens, again.tokens) == (0, cold.tokens)
     assert cached.generate(tokens).host_tokens == reusable(tokens)
+
+
+@pytest.mark.parametrize("mode", ["abort", "retract", "in_place"])
+def test_flush_of_a_paused_server_with_copies_in_flight(cached: Server, mode: str) -> None:
+    """While it is paused SGLang does not ask for the ends of copies, so the flush must not depend on that."""
+    tokens = prompt(("paused", mode), 700)
+    with cached.held_copies():
+        cold = cached.generate(tokens)
+        held = cached.inspect()
+        cached.pause(mode)
+        cached.flush()
+        empty = cached.inspect()
+        cached.resume()
+    again = cached.generate(tokens)
+    push_out(cached, "paused")
+
+    assert held.host["incoming"] > 0
+    assert (empty.host["incoming"], empty.host["resident"], empty.open["write_backs"]) == (0, 0, 0)
+    assert (again.cached_tokens, again.tokens) == (0, cold.tokens)
+    assert cached.generate(tokens).host_tokens == reusable(tokens)
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_request_goes_on_after_a_pause(cached: Server, tolerances: Tolerances, mode: str) -> None:
+    """Retracted, it holds nothing, and the flush succeeds; in its place it does, and the flush is refused."""
+    tokens = prompt(("goes on", mode), 500)
+    cold = cached.generate(tokens, 40)
+    with cached.stream(tokens, 40) as answers:
+        next(answers)
+        before = cached.inspect()
+        cached.pause(mode)
+        flushed = cached.try_flush()
+        after = cached.inspect()
+        cached.resume()
+        *_, last = answers
+
+    assert flushed == (mode == "retract")
+    assert after.stats["resets"] - before.stats["resets"] == int(flushed)
+    assert (after.host["resident"] == 0) == flushed
+    tolerances.batched.check(last, cold)
+
+
+def test_refused_flush_changes_nothing(cached: Server) -> None:
+    tokens = prompt("refused", 500)
+    cold = cached.generate(tokens, 40)
+    with cached.stream(tokens, 40) as answers:
+        next(answers)
+        before = cached.inspect()
+        assert not cached.try_flush()
+        after = cached.inspect()
+        *_, last = answers
+
+    assert after.stats["resets"] == before.stats["resets"]
+    assert after.contents["host"] == before.contents["host"] != 0
+    assert last.tokens == cold.tokens
+    assert cached.generate(tokens).device_tokens == reusable(tokens)

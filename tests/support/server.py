@@ -14,30 +14,41 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import httpx
 import msgspec
 
 from sgl_lmcache.cpu import cpu_arguments, cpu_environment
-from sgl_lmcache.cpu.model import TINY, make_model
+from sgl_lmcache.cpu.model import TINY, Recipe, make_model
+from tests.support.inspection import ANSWER_TIMEOUT_S, Faults, Inspection, ProbeFolder
+from tests.support.processes import STOP_TIMEOUT_S, ProcessGroup, wait_for
 
-START_TIMEOUT_S = 240.0
-"""A server is ready within half a minute on two idle cores; this is for machines that are busy."""
+__all__ = [
+    "ANSWER_TIMEOUT_S",
+    "START_TIMEOUT_S",
+    "STOP_TIMEOUT_S",
+    "Answer",
+    "Faults",
+    "Inspection",
+    "ProcessGroup",
+    "Server",
+    "ServerDiedError",
+    "Setup",
+    "base_environment",
+    "wait_for",
+]
 
-STOP_TIMEOUT_S = 30.0
-ANSWER_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 480.0
+"""On two idle cores a server is ready within half a minute, two ranks within one; this is for busy machines."""
 
 PROBE = Path(__file__).parent / "probe"
 
@@ -50,14 +61,13 @@ STRICT_CHECKS = {
 FORGOTTEN_VARIABLES = ("SGL_LMCACHE_CONFIG", "SGLANG_PLUGINS")
 """What a server under test never takes over from the environment of the tests."""
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True)
 class Setup:
     """How to start a server.
 
     cached: with `--radix-cache-backend sgl_lmcache`. config: the text of the file that `SGL_LMCACHE_CONFIG` names.
+    n_ranks: how many scheduler processes the arguments make. recipe: of the model.
     """
 
     name: str
@@ -65,6 +75,8 @@ class Setup:
     cached: bool = True
     config: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    n_ranks: int = 1
+    recipe: Recipe = TINY
 
 
 @dataclass(frozen=True)
@@ -82,98 +94,8 @@ class Answer:
     finish_reason: str
 
 
-class Inspection(msgspec.Struct, frozen=True):
-    """What the probe saw between two scheduler iterations; see `probe/sgl_lmcache_probe/inspection.py`."""
-
-    violation: str | None
-    first_violation: str | None
-    n_checks: int
-    n_iterations: int
-    stats: dict[str, int]
-    host: dict[str, int]
-    requests: dict[str, list[str]]
-    ended: dict[str, str]
-    open: dict[str, int]
-    unfinished_at_reset: int
-    hbm: dict[str, int]
-    mirror: dict[str, int]
-    restored: int
-    checked: int
-    mismatched: int
-    times: dict[str, dict[str, int]]
-
-
 class ServerDiedError(AssertionError):
     """A server under test has ended by itself."""
-
-
-def wait_for(what: str, poll: Callable[[], T | None], timeout_s: float) -> T:
-    """Ask until the answer is not None. Raises AssertionError after `timeout_s`."""
-    deadline_s = time.monotonic() + timeout_s
-    while (found := poll()) is None:
-        assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:.0f} s"
-        time.sleep(0.02)
-    return found
-
-
-class ProcessGroup:
-    """A command and all processes that it starts, which end with it.
-
-    Its output goes to the file `log_path`, and it works in that file's folder: it finds our packages because they are
-    installed, not because it was started in a checkout.
-    """
-
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log_path: Path) -> None:
-        self.name = Path(log_path).stem
-        self.log_path = log_path
-        with log_path.open("wb") as log:
-            self._leader = subprocess.Popen(
-                command, env=dict(environment), cwd=log_path.parent, stdout=log, stderr=log, start_new_session=True
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.stop()
-
-    def exit_code(self) -> int | None:
-        return self._leader.poll()
-
-    def wait(self, timeout_s: float) -> int:
-        """The exit code of the command, once it has ended."""
-        return wait_for(f"{self.name} has ended", self.exit_code, timeout_s)
-
-    def members(self) -> list[int]:
-        """The processes that run. Zombies do not: nobody but their parent can do more for them."""
-        found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _parent, group = stat.read_text().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue
-            if int(group) == self._leader.pid and state not in "ZX":
-                found.append(int(stat.parent.name))
-        return found
-
-    def stop(self) -> None:
-        """SIGTERM, then SIGKILL, to the whole group; returns when no process of it is left."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(self._leader.pid, number)
-            with suppress(AssertionError):
-                wait_for(f"{self.name} has left nothing", self._left_nothing, STOP_TIMEOUT_S)
-                return
-        raise AssertionError(f"{self.name} has left processes: {self.members()}")
-
-    def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
-
-    def log_tail(self) -> str:
-        return "\n".join(self.log().splitlines()[-40:])
-
-    def _left_nothing(self) -> bool | None:
-        return True if self.exit_code() is not None and not self.members() else None
 
 
 class Server:
@@ -191,7 +113,7 @@ class Server:
         any_number = httpx.Limits(max_connections=None)
         self._http = httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S, limits=any_number)
         self._processes: ProcessGroup | None = None
-        self._n_inspections = 0
+        self.probe = ProbeFolder(folder, setup.n_ranks, self.check_alive)
 
     # ---- life ----
 
@@ -230,14 +152,21 @@ class Server:
             raise ServerDiedError(f"{self.setup.name} ended with {exit_code}; its log:\n{self.processes.log_tail()}")
 
     def _command(self) -> list[str]:
-        arguments = ["--model-path", str(make_model(TINY)), "--host", "127.0.0.1", "--port", str(self._port)]
+        arguments = [
+            "--model-path",
+            str(make_model(self.setup.recipe)),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self._port),
+        ]
         arguments += ["--skip-server-warmup", "--random-seed", "0"]
         if self.setup.cached:
             arguments += ["--radix-cache-backend", "sgl_lmcache"]
         return [sys.executable, "-m", "sglang.launch_server", *cpu_arguments([*arguments, *self.setup.arguments])]
 
     def _environment(self) -> dict[str, str]:
-        environment = {**base_environment(), "SGL_LMCACHE_PROBE_DIR": str(self._folder)}
+        environment = {**base_environment(self.setup.n_ranks), "SGL_LMCACHE_PROBE_DIR": str(self._folder)}
         environment["PYTHONPATH"] += os.pathsep + str(PROBE)
         if self.setup.config is not None:
             path = self._folder / "tiers.yaml"
@@ -259,8 +188,8 @@ class Server:
         return [line for line in self.processes.log().splitlines() if re.search(pattern, line)]
 
     def facts(self) -> dict[str, Any]:
-        """What SGLang's scheduler made of its arguments, written by the probe at the start."""
-        return dict(msgspec.json.decode((self._folder / "facts.json").read_bytes()))
+        """What SGLang's scheduler made of its arguments: rank 0's."""
+        return self.probe.facts()
 
     def info(self) -> dict[str, Any]:
         """SGLang's resolved arguments, and its scheduler's state."""
@@ -269,38 +198,25 @@ class Server:
         return dict(response.json())
 
     def inspect(self) -> Inspection:
-        """Look into the scheduler process between two of its iterations."""
-        self._n_inspections += 1
-        request = self._folder / "request.part"
-        request.write_text(str(self._n_inspections))
-        request.replace(self._folder / "request")
-        answer = self._folder / f"answer-{self._n_inspections}.json"
-
-        def read() -> Inspection | None:
-            self.check_alive()
-            return msgspec.json.decode(answer.read_bytes(), type=Inspection) if answer.exists() else None
-
-        return wait_for("the probe's answer", read, ANSWER_TIMEOUT_S)
+        """Look into the scheduler process of rank 0 between two of its iterations."""
+        return self.probe.inspect()[0]
 
     def at_rest(self) -> Inspection:
+        """`ranks_at_rest`, rank 0's."""
+        return self.ranks_at_rest()[0]
+
+    def ranks_at_rest(self) -> list[Inspection]:
         """Wait until nothing is under way any more; the inspection that says so. An answer may be ahead of that."""
 
-        def poll() -> Inspection | None:
-            seen = self.inspect()
-            is_busy = any(seen.requests.values()) or any(seen.open.values()) or seen.hbm["protected"]
-            return None if is_busy else seen
+        def poll() -> list[Inspection] | None:
+            seen = self.probe.inspect()
+            return seen if all(rank.is_at_rest for rank in seen) else None
 
-        return wait_for("nothing is open", poll, ANSWER_TIMEOUT_S)
+        return self.probe.wait_for("nothing is open", poll, ANSWER_TIMEOUT_S)
 
-    @contextmanager
-    def held_copies(self) -> Iterator[None]:
+    def held_copies(self) -> AbstractContextManager[None]:
         """Copies into host memory begin and do not end, until the context is left or the server flushes."""
-        hold = self._folder / "hold"
-        hold.touch()
-        try:
-            yield
-        finally:
-            hold.unlink(missing_ok=True)
+        return self.probe.held_copies()
 
     # ---- requests ----
 
@@ -316,9 +232,7 @@ class Server:
 
         ignore_eos: go on to `max_new_tokens`. SGLang then admits a request only if HBM has room for all of them.
         """
-        response = self._http.post("/generate", json=_request(prompt, max_new_tokens, rid, ignore_eos))
-        self._check(response)
-        return _answer(response.json())
+        return _answer(self._post("/generate", _request(prompt, max_new_tokens, rid, ignore_eos)).json())
 
     def generate_all(
         self,
@@ -335,10 +249,15 @@ class Server:
 
     @contextmanager
     def stream(
-        self, prompt: str | Sequence[int], max_new_tokens: int = 8, *, rid: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 8,
+        *,
+        rid: str | None = None,
+        ignore_eos: bool = True,
     ) -> Iterator[Iterator[Answer]]:
         """The answers so far, each longer than the one before. Leaving the context early closes the connection."""
-        body = {**_request(prompt, max_new_tokens, rid, ignore_eos=True), "stream": True}
+        body = {**_request(prompt, max_new_tokens, rid, ignore_eos), "stream": True}
         with self._http.stream("POST", "/generate", json=body) as response:
             self._check(response)
             yield (
@@ -348,11 +267,34 @@ class Server:
             )
 
     def abort(self, rid: str) -> None:
-        self._check(self._http.post("/abort_request", json={"rid": rid}))
+        self._post("/abort_request", {"rid": rid})
 
     def flush(self) -> None:
         """Empty HBM and host memory, waiting for requests that are on their way out."""
-        self._check(self._http.post("/flush_cache", params={"timeout": 30}))
+        self._post("/flush_cache", {}, timeout=30)
+
+    def try_flush(self) -> bool:
+        """Flush now or not at all; whether it was done."""
+        response = self._http.post("/flush_cache")
+        self.check_alive()
+        return response.is_success
+
+    def pause(self, mode: str) -> None:
+        """mode: "abort" all requests, "retract" them into the queue, or leave them "in_place"."""
+        self._post("/pause_generation", {"mode": mode})
+
+    def resume(self) -> None:
+        self._post("/continue_generation", {})
+
+    def _post(self, path: str, body: Mapping[str, Any], **parameters: int) -> httpx.Response:
+        """Raises AssertionError for an answer that says no, and, with the stacks of all ranks, for none in time."""
+        try:
+            response = self._http.post(path, json=body, params=parameters)
+        except httpx.TimeoutException as error:
+            self.check_alive()
+            raise AssertionError(f"{path} was not answered\n{self.probe.stacks()}") from error
+        self._check(response)
+        return response
 
     def _check(self, response: httpx.Response) -> None:
         if not response.is_success:
@@ -361,11 +303,11 @@ class Server:
             raise AssertionError(f"{response.request.url} answered {response.status_code}: {response.text[:2000]}")
 
 
-def base_environment() -> dict[str, str]:
+def base_environment(n_ranks: int = 1) -> dict[str, str]:
     """For any process under test: CPU mode, SGLang's strict checks, and nothing of ours from outside."""
     kept = {name: value for name, value in os.environ.items() if name not in FORGOTTEN_VARIABLES}
     # Servers share the machine, and OpenMP's threads wait for each other by spinning.
-    return {**cpu_environment(kept), **STRICT_CHECKS, "OMP_NUM_THREADS": "1"}
+    return {**cpu_environment(kept, n_ranks=n_ranks), **STRICT_CHECKS, "OMP_NUM_THREADS": "1"}
 
 
 def _request(prompt: str | Sequence[int], max_new_tokens: int, rid: str | None, ignore_eos: bool) -> dict[str, Any]:

@@ -3,10 +3,15 @@
 The folder above this package holds a hand-made `*.dist-info`, so putting it on `PYTHONPATH` installs the plug-in for
 one server. It works through a folder that the environment variable `SGL_LMCACHE_PROBE_DIR` names:
 
-    facts.json        written once, when the scheduler has been built: what SGLang made of its arguments
-    request           written by a test, holding a number n; looked for once a scheduler iteration
-    answer-<n>.json   the inspection, made on the scheduler thread between two iterations
-    hold              while it is there, copies into host memory do not end; a flush removes it
+    facts-<rank>.json        written once, when the scheduler has been built: what SGLang made of its arguments
+    stacks-<rank>.txt        gets the stacks of all threads when the process is sent SIGUSR1
+    request                  written by a test, holding a number n; looked for once a scheduler iteration
+    request-<n>.at           written by rank 0: the iteration in which all ranks answer
+    answer-<n>-<rank>.json   the inspection, made on the scheduler thread between two iterations
+    hold, faults.json        see `faults.py`; a flush removes `hold`
+
+SGLang's ranks iterate in step: none is past an iteration's input before rank 0 is. So rank 0 chooses an iteration that
+is not over for anybody, and the ranks' answers can be compared.
 
 Hooks on our classes are set when a scheduler is about to be built, and only if it runs our backend: in SGLang's other
 processes, and in a stock server, none of our modules is imported for it.
@@ -20,8 +25,10 @@ what would be measured with them: following every page, and checking invariants 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +57,14 @@ def directory() -> Path:
     return Path(os.environ[DIRECTORY_VARIABLE])
 
 
+def rank_of_this_process() -> int:
+    """Its number among the server's schedulers, whatever they share out: the model or the requests."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return int(parallel.tp_rank if parallel.tp_size > 1 else parallel.dp_rank or 0)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Whoever finds the file finds it whole."""
     unfinished = path.with_suffix(".part")
@@ -69,7 +84,7 @@ def _before_scheduler(*_args: Any, **_kwargs: Any) -> None:
     measuring = os.environ.get(TIMES_VARIABLE) == "1"
     if measuring:
         times.register_hooks()
-    _probe = inspection.register_hooks(watching=not measuring)
+    _probe = inspection.register_hooks(rank_of_this_process(), watching=not measuring)
     if FREE_VARIABLE in os.environ:
         HookRegistry.register("sgl_lmcache.memory.read_memory", _read_memory, HookType.REPLACE)
     HookRegistry.apply_hooks()
@@ -86,10 +101,12 @@ def _after_scheduler(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any)
     from sglang.srt.mem_cache.registry import registered_radix_cache_backends
     from sglang.srt.runtime_context import get_memory
 
+    rank = rank_of_this_process()
     if _probe is not None:
         _probe.scheduler = scheduler
     memory = get_memory()
     facts = {
+        "pid": os.getpid(),
         "backends": registered_radix_cache_backends(),
         "cache_class": type(scheduler.tree_cache).__name__,
         "page_size": scheduler.page_size,
@@ -100,4 +117,6 @@ def _after_scheduler(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any)
         "radix_cache_backend": memory.radix_cache_backend,
         "max_total_num_tokens": scheduler.max_total_num_tokens,
     }
-    write_json(directory() / "facts.json", facts)
+    stacks = (directory() / f"stacks-{rank}.txt").open("w")  # for as long as the process lives
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+    write_json(directory() / f"facts-{rank}.json", facts)

@@ -5,17 +5,18 @@ It reads private attributes of our classes on purpose. What it states, a test as
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import xxhash
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from radix import HBM, HOST, State, kernels
+from radix import HBM, HOST, ROOT, Index, Rows, State, kernels
 from sgl_lmcache_probe import directory, times, write_json
+from sgl_lmcache_probe.faults import Trouble
 from sgl_lmcache_probe.recorder import KEY_NBYTES, Pages, Recorder, split
 
 if TYPE_CHECKING:
@@ -30,15 +31,23 @@ N_ENDS_REMEMBERED = 64
 """Of so many requests the inspection tells how SGLang last let go of them."""
 
 
-def register_hooks(*, watching: bool) -> Probe:
+N_ITERATIONS_AHEAD = 2
+"""So far from rank 0's iteration lies the first that no rank can have passed, with one to spare."""
+
+DELAYED_CALLS = tuple(f"sgl_lmcache.{name}" for name in times.ENTRY_POINTS)
+
+
+def register_hooks(rank: int, *, watching: bool) -> Probe:
     """Of this process's only scheduler.
 
     watching: follow every page and check invariants all along. Without it only what is asked for costs time.
     """
-    probe = Probe(watching)
+    probe = Probe(rank, watching)
     hooks: list[tuple[str, Callable[..., Any], HookType]] = [
         ("sgl_lmcache.factory.build", probe.after_build, HookType.AFTER),
-        ("sgl_lmcache.cache.TieredRadixCache.check_hicache_events", probe.after_events, HookType.AFTER),
+        ("sglang.srt.managers.scheduler.Scheduler.ingest_requests", probe.after_ingest, HookType.AFTER),
+        ("transfer.cpu._Planes.offload", probe.trouble.around_offload, HookType.AROUND),
+        ("transfer.cpu._Planes.restore", probe.trouble.before_restore, HookType.BEFORE),
         ("sgl_lmcache.cache.TieredRadixCache.on_release", probe.after_release, HookType.AFTER),
         ("sgl_lmcache.cache.TieredRadixCache.release_aborted_request", probe.after_queue_abort, HookType.AFTER),
     ]
@@ -49,26 +58,34 @@ def register_hooks(*, watching: bool) -> Probe:
             ("sgl_lmcache.linker.Linker.start_layer_wise_loading", probe.around_start, HookType.AROUND),
             ("sgl_lmcache.linker.Linker.finish_layer_wise_loading", probe.after_finish, HookType.AFTER),
             ("sgl_lmcache.linker.Linker.reset", probe.around_reset, HookType.AROUND),
-            ("transfer.cpu._Planes.offload", wait_while_held, HookType.BEFORE),
+            *((call, probe.trouble.before_call, HookType.BEFORE) for call in DELAYED_CALLS),
         ]
     for target, hook, hook_type in hooks:
         HookRegistry.register(target, hook, hook_type)
     return probe
 
 
-def wait_while_held(*_args: Any) -> None:
-    """Runs on a copy thread."""
-    while (directory() / "hold").exists():
-        time.sleep(0.005)
+@dataclass(frozen=True)
+class _Request:
+    """A test wants an inspection, of this iteration or the first after it."""
+
+    number: int
+    iteration: int
 
 
 class Probe:
     """One per scheduler process; all of it runs on the scheduler thread. Hooked calls come in with `self` explicit."""
 
-    def __init__(self, watching: bool) -> None:
+    def __init__(self, rank: int, watching: bool) -> None:
         self.scheduler: Any = None
         """Set when it has been built; it does not iterate before."""
+        self.trouble = Trouble(directory(), rank)
+        self._rank = rank
         self._watching = watching
+        self._request: _Request | None = None
+        self._n_answered = 0
+        self._history = 0
+        self._gaps = times.Gaps()
         self._unfinished_at_reset = 0
         self._ended: dict[str, str] = {}
         self._recorder = Recorder((), 1)
@@ -86,18 +103,18 @@ class Probe:
 
     def around_write_back(
         self,
-        write_back: Callable[..., None],
+        write_back: Callable[..., bool],
         linker: Linker,
         keys: bytes,
         parent: bytes | None,
         device_indices: torch.Tensor,
-    ) -> None:
-        write_back(linker, keys, parent, device_indices)
+    ) -> bool:
+        copying = write_back(linker, keys, parent, device_indices)
         pages = self._recorder.pages(device_indices)
         self._recorder.inserted(keys, pages)
-        offload = linker._write_backs[-1].offload
-        if offload is not None:
-            self._recorder.copied(keys, pages, offload.positions.tolist())
+        if copying:
+            self._recorder.copied(keys, pages, linker._write_backs[-1].offload.positions.tolist())
+        return copying
 
     def after_load(self, queued: bool, _linker: Linker, rid: str, transfers: list[Any]) -> None:
         (kv,) = transfers
@@ -119,7 +136,7 @@ class Probe:
 
     def around_reset(self, reset: Callable[[Linker], None], linker: Linker) -> None:
         self._unfinished_at_reset += len(linker._write_backs)
-        (directory() / "hold").unlink(missing_ok=True)
+        self.trouble.release()
         reset(linker)
         self._loads.clear()
         self._started.clear()
@@ -138,18 +155,40 @@ class Probe:
         if len(self._ended) > N_ENDS_REMEMBERED:
             del self._ended[next(iter(self._ended))]
 
-    def after_events(self, _result: None, cache: TieredRadixCache) -> None:
+    def after_ingest(self, _result: list[Any], scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+        """Once an iteration, also of a server that is paused. All ranks are given the same requests by then."""
+        cache = scheduler.tree_cache
         self._n_iterations += 1
+        self._gaps.iterated(is_busy=scheduler.last_batch is not None)
         if self._watching and self._n_iterations % N_ITERATIONS_A_CHECK == 0:
             self._n_checks += 1
             violation = _violation(cache)
             if self._first_violation is None:
                 self._first_violation = violation
-        request = directory() / "request"
-        if request.exists():
-            number = request.read_text()
-            request.unlink()
-            write_json(directory() / f"answer-{number}.json", self._inspect(cache))
+            self._history = _digest(self._history, cache._engine.digest, *_contents(cache._engine).values())
+        self._answer(cache)
+
+    def _answer(self, cache: TieredRadixCache) -> None:
+        if self._request is None:
+            self._request = self._next_request()
+        if self._request is not None and self._n_iterations >= self._request.iteration:
+            number, self._request = self._request.number, None
+            self._n_answered = number
+            write_json(directory() / f"answer-{number}-{self._rank}.json", self._inspect(cache))
+
+    def _next_request(self) -> _Request | None:
+        path = directory() / "request"
+        if not path.exists():
+            return None
+        number = int(path.read_text())
+        if number <= self._n_answered:
+            return None
+        appointment = directory() / f"request-{number}.at"
+        if self._rank == 0:
+            iteration = self._n_iterations + N_ITERATIONS_AHEAD
+            write_json(appointment, iteration)
+            return _Request(number, iteration)
+        return _Request(number, int(appointment.read_text())) if appointment.exists() else None
 
     # ---- the inspection ----
 
@@ -160,6 +199,9 @@ class Probe:
             "first_violation": self._first_violation,
             "n_checks": self._n_checks,
             "n_iterations": self._n_iterations,
+            "digest": cache._engine.digest,
+            "contents": _contents(cache._engine),
+            "history": self._history,
             "stats": asdict(cache._engine.stats),
             "host": _host(cache._engine),
             "requests": _requests(self.scheduler),
@@ -171,6 +213,10 @@ class Probe:
             "restored": self._recorder.restored,
             "checked": self._recorder.checked,
             "mismatched": self._recorder.mismatched,
+            "tainted": cache._engine.tainted,
+            "n_delays": self.trouble.n_delays,
+            "n_reductions": getattr(cache._ranks, "n_reductions", 0),
+            "loop": self._gaps.take(),
             "times": times.measured(),
         }
 
@@ -249,10 +295,35 @@ def _hbm(cache: TieredRadixCache) -> dict[str, int]:
     }
 
 
+def _contents(engine: Engine) -> dict[str, int]:
+    """What is where, condensed: equal on two ranks that hold the same. Not 0 when there is something."""
+    index = engine.index
+    rows = _rows_in_use(index)
+    host = rows[index.states(rows, HOST) != State.ABSENT]
+    hbm = rows[index.states(rows, HBM) != State.ABSENT]
+    by_age = index._policies[HOST].members()
+    return {
+        "host": _digest(index.keys_of(host), index.slots(host).tobytes(), index.states(host, HOST).tobytes()),
+        "host_by_age": _digest(index.keys_of(by_age)),
+        "hbm": _digest(index.keys_of(hbm)),
+    }
+
+
+def _digest(*parts: bytes | int) -> int:
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else str(part).encode())
+    return digest.intdigest()
+
+
+def _rows_in_use(index: Index) -> Rows:
+    n_touched = int(index._columns.tally[kernels.N_TOUCHED])
+    return np.flatnonzero(index._columns.parent[:n_touched] >= ROOT).astype(np.int32)
+
+
 def _keys_in_hbm(engine: Engine) -> set[bytes]:
     index = engine.index
-    n_touched = int(index._columns.tally[kernels.N_TOUCHED])
-    in_use = np.flatnonzero(index._columns.depth[:n_touched] >= 0).astype(np.int32)
+    in_use = _rows_in_use(index)
     resident = in_use[index.states(in_use, HBM) == State.RESIDENT]
     keys = index.keys_of(resident)
     assert len(keys) == KEY_NBYTES * len(resident)

@@ -1,8 +1,9 @@
-"""How long our entry points keep SGLang's scheduler thread: for a benchmark, switched on by its own variable."""
+"""How long the turns of SGLang's scheduler loop take, and, switched on by a variable, how long our calls in them."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ ENTRY_POINTS = (
     "linker.Linker.load",
     "linker.Linker.start_layer_wise_loading",
     "linker.Linker.finish_layer_wise_loading",
+    "ranks.GroupRanks.minimum",
 )
 
 
@@ -44,6 +46,29 @@ def register_hooks() -> None:
 def measured() -> dict[str, dict[str, int]]:
     """By the method's name: calls, and nanoseconds in all and at most. Empty when switched off."""
     return {name: vars(calls) for name, calls in _calls.items()}
+
+
+class Gaps:
+    """From one turn of the loop to the next, of turns in which a batch was run."""
+
+    def __init__(self) -> None:
+        self._last_ns: int | None = None
+        self._gaps_ns: deque[int] = deque(maxlen=10_000)
+
+    def iterated(self, *, is_busy: bool) -> None:
+        now_ns = time.perf_counter_ns()
+        if is_busy and self._last_ns is not None:
+            self._gaps_ns.append(now_ns - self._last_ns)
+        self._last_ns = now_ns
+
+    def take(self) -> dict[str, int]:
+        """Of all turns since the last time, 10,000 at most."""
+        gaps_ns = sorted(self._gaps_ns)
+        self._gaps_ns.clear()
+        if not gaps_ns:
+            return {"n": 0, "median_ns": 0, "p99_ns": 0, "max_ns": 0}
+        n = len(gaps_ns)
+        return {"n": n, "median_ns": gaps_ns[n // 2], "p99_ns": gaps_ns[n * 99 // 100], "max_ns": gaps_ns[-1]}
 
 
 def _around(calls: _Calls, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

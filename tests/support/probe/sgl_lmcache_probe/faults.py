@@ -1,0 +1,112 @@
+"""Trouble that a test asks for while the server runs: slow copies, slow calls, copies that fail; on one rank or on all.
+
+Two files in the probe's folder say what is wanted. `hold`: copies into host memory do not end. `faults.json`: see
+`Faults`, which has a text of its own in `tests/support/inspection.py`. Both count from the moment they are there.
+
+Delays are random, so that two ranks meet in other orders each time; what a test asserts has to hold in all of them.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import msgspec
+
+HOLD_POLL_S = 0.005
+CALLS_DELAYED = 0.1
+"""The share of calls that are delayed, if any are."""
+
+
+class CopyFailureError(RuntimeError):
+    """A copy that failed because a test wanted it to."""
+
+
+class Faults(msgspec.Struct, frozen=True):
+    rank: int | None
+    copy_delay_s: float
+    call_delay_s: float
+    n_failing_offloads: int
+    n_failing_restores: int
+    copies_go_on: bool
+
+
+NONE = Faults(None, 0.0, 0.0, 0, 0, False)
+
+
+class Trouble:
+    """For one rank. The copies' hooks run on their threads, the calls' on the scheduler's."""
+
+    def __init__(self, directory: Path, rank: int) -> None:
+        self.n_delays = 0
+        self._hold = directory / "hold"
+        self._path = directory / "faults.json"
+        self._rank = rank
+        self._chance = random.Random(rank)
+        self._lock = Lock()
+        self._version = 0
+        self._faults = NONE
+        self._n_offloads = 0
+        self._n_restores = 0
+
+    def around_offload(self, offload: Callable[..., None], *args: Any) -> None:
+        """A piece of a write-back. Copying it again does no harm: its pages are locked, and its slots leased."""
+        self._before_offload()
+        offload(*args)
+        while self._current().copies_go_on:
+            self._wait_while_held()
+            offload(*args)
+
+    def _before_offload(self) -> None:
+        self._wait_while_held()
+        faults = self._current()
+        self._delay(faults.copy_delay_s)
+        with self._lock:
+            self._n_offloads += 1
+            fails = self._n_offloads <= faults.n_failing_offloads
+        if fails:
+            raise CopyFailureError("a test wanted this copy to fail")
+
+    def before_restore(self, *_args: Any) -> None:
+        """A layer of a piece of a restore."""
+        faults = self._current()
+        self._delay(faults.copy_delay_s)
+        with self._lock:
+            self._n_restores += 1
+            fails = self._n_restores <= faults.n_failing_restores
+        if fails:
+            raise CopyFailureError("a test wanted this copy to fail")
+
+    def before_call(self, *_args: Any, **_kwargs: Any) -> None:
+        longest_s = self._current().call_delay_s
+        if longest_s and self._chance.random() < CALLS_DELAYED:
+            self._delay(longest_s)
+
+    def release(self) -> None:
+        """A flush waits for copies, so nothing may be held."""
+        self._hold.unlink(missing_ok=True)
+
+    def _wait_while_held(self) -> None:
+        while self._hold.exists():
+            time.sleep(HOLD_POLL_S)
+
+    def _delay(self, longest_s: float) -> None:
+        if longest_s:
+            self.n_delays += 1
+            time.sleep(self._chance.uniform(0, longest_s))
+
+    def _current(self) -> Faults:
+        try:
+            version = self._path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return NONE
+        with self._lock:
+            if version != self._version:
+                self._version, self._n_offloads, self._n_restores = version, 0, 0
+                self._faults = msgspec.json.decode(self._path.read_bytes(), type=Faults)
+            faults = self._faults
+        return faults if faults.rank in (None, self._rank) else NONE

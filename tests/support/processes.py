@@ -1,0 +1,100 @@
+"""Commands under test and everything that they start, and waiting without sleeping for a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self, TypeVar
+
+STOP_TIMEOUT_S = 30.0
+
+T = TypeVar("T")
+
+
+def wait_for(what: str, poll: Callable[[], T | None], timeout_s: float) -> T:
+    """Ask until the answer is not None. Raises AssertionError after `timeout_s`."""
+    deadline_s = time.monotonic() + timeout_s
+    while (found := poll()) is None:
+        assert time.monotonic() < deadline_s, f"{what}: not within {timeout_s:.0f} s"
+        time.sleep(0.02)
+    return found
+
+
+class ProcessGroup:
+    """A command and all processes that it starts, which end with it.
+
+    Its output goes to the file `log_path`, and it works in that file's folder: it finds our packages because they are
+    installed, not because it was started in a checkout.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log_path: Path) -> None:
+        self.name = Path(log_path).stem
+        self.log_path = log_path
+        with log_path.open("wb") as log:
+            self._leader = subprocess.Popen(
+                command, env=dict(environment), cwd=log_path.parent, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+
+    @property
+    def leader(self) -> int:
+        """The process number of the command."""
+        return self._leader.pid
+
+    def exit_code(self) -> int | None:
+        return self._leader.poll()
+
+    def wait(self, timeout_s: float) -> int:
+        """The exit code of the command, once it has ended."""
+        return wait_for(f"{self.name} has ended", self.exit_code, timeout_s)
+
+    def members(self) -> list[int]:
+        """The processes that run. Zombies do not: nobody but their parent can do more for them."""
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _parent, group = stat.read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(group) == self._leader.pid and state not in "ZX":
+                found.append(int(stat.parent.name))
+        return found
+
+    def left_nothing(self) -> bool | None:
+        """True when the command has ended and nothing that it started runs; None before, as `wait_for` wants it."""
+        return True if self.exit_code() is not None and not self.members() else None
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """None of them takes any time until the context is left."""
+        os.killpg(self._leader.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self._leader.pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL, to the whole group; returns when no process of it is left."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self._leader.pid, number)
+            with suppress(AssertionError):
+                wait_for(f"{self.name} has left nothing", self.left_nothing, STOP_TIMEOUT_S)
+                return
+        raise AssertionError(f"{self.name} has left processes: {self.members()}")
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def log_tail(self) -> str:
+        return "\n".join(self.log().splitlines()[-40:])
