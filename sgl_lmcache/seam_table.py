@@ -366,6 +366,23 @@ _CPU_MODE = (
         f"self, {_EXTEND}, encoder_lens=None, {_MODE}",
         "overridden: computes new rows only",
     ),
+    _caller(
+        "sglang.srt.model_executor.forward_batch_info.ForwardBatch._pad_inputs_to_size",
+        "get_cpu_graph_seq_len_fill_value",
+    ),
+    *_names("sglang.srt.lora", "gets memory that is not pinned", "layers", "backend.torch_backend"),
+    *_names("sglang.srt.lora", "where we put it", "layers.torch", "backend.torch_backend.torch"),
+    *_of(
+        "sglang.srt.models.deepseek_common",
+        *_names("attention_backend_handler", "chooses a form of latent attention", "AttentionBackendRegistry"),
+        Seam(
+            "attention_backend_handler.AttentionBackendRegistry.register",
+            "cls, backend_name, handler_func",
+            "chooses a form of latent attention",
+        ),
+        *_names("attention_forward_methods.forward_methods", "the forms of latent attention", "AttnForwardMethod"),
+        *_names("attention_forward_methods.forward_methods.AttnForwardMethod", "the absorbed form", "MLA"),
+    ),
 )
 
 SEAMS: tuple[Seam, ...] = (

@@ -36,6 +36,10 @@ class NewRowBackend(TorchNativeAttnBackend):
         self._values = KeptRows()
         logger.info("CPU mode: attention computes new rows only")
 
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        """The length of a sequence that only fills up a batch, for data-parallel attention; not in the stock class."""
+        return 1
+
     def _run_sdpa_forward_extend(
         self,
         query: torch.Tensor,

@@ -17,6 +17,7 @@ STAND_IN = Path(__file__).parent / "stand_in"
 
 _CPU_ENGINE = "SGLANG_USE_CPU_ENGINE"
 _GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+_SCHEDULER_INIT = "sglang.srt.managers.scheduler.Scheduler.__init__"
 _BACKEND_CLASS = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 
 
@@ -107,7 +108,8 @@ def is_enabled(environment: Mapping[str, str]) -> bool:
 
 
 def install() -> None:
-    """In CPU mode, put our attention backend in the place of the torch-native one; otherwise do nothing.
+    """In CPU mode, put our attention backend in the place of the torch-native one, and have schedulers enable features
+    that a CPU lacks little for; otherwise do nothing.
 
     For SGLang's plug-in entry point, which runs in every process of it, before any backend is built.
     """
@@ -119,3 +121,11 @@ def install() -> None:
     from sgl_lmcache.cpu.backend import NewRowBackend
 
     HookRegistry.register(_BACKEND_CLASS, NewRowBackend, HookType.REPLACE)
+    HookRegistry.register(_SCHEDULER_INIT, _before_scheduler, HookType.BEFORE)
+
+
+def _before_scheduler(*_arguments: object, **_options: object) -> None:
+    # It imports SGLang's models, which no other process needs.
+    from sgl_lmcache.cpu.features import enable_features
+
+    enable_features()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -135,6 +135,18 @@ def test_other_value_sizes_and_cache_dtypes(stock: TorchNativeAttnBackend, ours:
     torch.testing.assert_close(narrow.extend(ours), narrow.extend(stock), rtol=1e-2, atol=1e-2)
 
 
+def test_latent_rows_are_keys_and_their_heads_are_values(stock: TorchNativeAttnBackend, ours: NewRowBackend) -> None:
+    """Absorbed MLA: the values are the first numbers of the key rows, a view into the same memory."""
+    for scattered in (True, False):
+        batch = make_batch(LENS["mixed"], heads=(4, 1), dims=(160, 128), scattered=scattered)
+        batch = replace(batch, v_cache=batch.k_cache[..., :128])
+        torch.testing.assert_close(batch.extend(ours), batch.extend(stock), atol=1e-2, rtol=0)
+
+
+def test_filling_rows_have_one_token(ours: NewRowBackend) -> None:
+    assert ours.get_cpu_graph_seq_len_fill_value() == 1
+
+
 def test_long_extends_are_cut_into_blocks(
     stock: TorchNativeAttnBackend, ours: NewRowBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +252,7 @@ def test_install_replaces_the_backend_in_cpu_mode_only(monkeypatch: pytest.Monke
     assert registered == [], "a CPU engine without our stand-in is somebody else's"
     monkeypatch.setenv("PYTHONPATH", cpu_environment({})["PYTHONPATH"])
     install()
-    [(target, replacement, kind)] = registered
+    [(target, replacement, kind), (scheduler_init, _hook, scheduler_kind)] = registered
     assert (replacement, kind) == (NewRowBackend, HookType.REPLACE)
     assert pkgutil.resolve_name(target) is TorchNativeAttnBackend
+    assert (scheduler_init.rpartition(".")[2], scheduler_kind) == ("__init__", HookType.BEFORE)

@@ -27,15 +27,15 @@ def main(model_path: str) -> None:
     try:
         prompts = [[1000 * number + token for token in range(100, 900)] for number in range(5)]
         answers = [_generate(engine, tokens) for tokens in [*prompts, prompts[0]]]
+        salted = [_generate(engine, tokens, cache_salt="a") for tokens in [prompts[0], *prompts[1:], prompts[0]]]
     finally:
         engine.shutdown()
-    print(json.dumps({"answers": answers}))
+    print(json.dumps({"answers": answers, "salted": salted}))
 
 
-def _generate(engine: Any, tokens: list[int]) -> dict[str, Any]:
-    answer = engine.generate(
-        input_ids=tokens, sampling_params={"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-    )
+def _generate(engine: Any, tokens: list[int], **fields: str) -> dict[str, Any]:
+    sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    answer = engine.generate(input_ids=tokens, sampling_params=sampling, **fields)
     return {"tokens": answer["output_ids"], "details": answer["meta_info"].get("cached_tokens_details")}
 
 

@@ -102,12 +102,14 @@ def test_engine_in_this_process(tmp_path: Path) -> None:
     with ProcessGroup(command, base_environment(), tmp_path / "engine.log") as engine:
         assert engine.wait(START_TIMEOUT_S) == 0, engine.log_tail()
     last_line = [line for line in engine.log().splitlines() if line.startswith('{"answers"')][-1]
-    answers = msgspec.json.decode(last_line)["answers"]
+    seen = msgspec.json.decode(last_line)
 
-    first, again = answers[0], answers[-1]
-    assert first["details"] is None
-    assert (again["details"]["device"], again["details"]["host"]) == (0, 784)
-    assert again["tokens"] == first["tokens"]
+    for answers in (seen["answers"], seen["salted"]):  # the same prompts; no tenant finds the other's
+        first, *others, again = answers
+        assert [answer["details"] for answer in (first, *others)] == [None] * 5
+        assert (again["details"]["device"], again["details"]["host"]) == (0, 784)
+        assert again["tokens"] == first["tokens"]
+    assert [answer["tokens"] for answer in seen["salted"]] == [answer["tokens"] for answer in seen["answers"]]
 
 
 @pytest.mark.parametrize(

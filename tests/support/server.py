@@ -227,12 +227,27 @@ class Server:
         *,
         rid: str | None = None,
         ignore_eos: bool = True,
+        **fields: Any,
     ) -> Answer:
         """Greedy, with the chosen tokens' logprobs.
 
         ignore_eos: go on to `max_new_tokens`. SGLang then admits a request only if HBM has room for all of them.
+        fields: more of the request's body, such as `cache_salt`.
         """
-        return _answer(self._post("/generate", _request(prompt, max_new_tokens, rid, ignore_eos)).json())
+        body = _request(prompt, max_new_tokens, rid, ignore_eos) | fields
+        return _answer(self.ask("/generate", **body))
+
+    def ask(self, path: str, **body: Any) -> Any:
+        """The JSON that any endpoint answers, if anything. Raises AssertionError for another status than success."""
+        response = self._http.post(path, json=body)
+        self._check(response)
+        return response.json() if response.content else None
+
+    def ask_refused(self, path: str, **body: Any) -> str:
+        """The text with which an endpoint refuses. Raises AssertionError if it does not."""
+        response = self._http.post(path, json=body)
+        assert response.status_code == httpx.codes.BAD_REQUEST, response.text[:2000]
+        return response.text
 
     def generate_all(
         self,

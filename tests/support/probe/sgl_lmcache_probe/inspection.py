@@ -15,6 +15,7 @@ import xxhash
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from radix import HBM, HOST, ROOT, Index, Rows, State, kernels
+from sgl_lmcache.pool import describe_pool
 from sgl_lmcache_probe import directory, times, write_json
 from sgl_lmcache_probe.faults import Trouble
 from sgl_lmcache_probe.recorder import KEY_NBYTES, Pages, Recorder, split
@@ -98,8 +99,8 @@ class Probe:
     # ---- hooks ----
 
     def after_build(self, cache: Any, *_args: Any) -> None:
-        pool = cache.token_to_kv_pool_allocator.get_kvcache()
-        self._recorder = Recorder((*pool.k_buffer, *pool.v_buffer), cache.page_size)
+        pool, _layout = describe_pool(cache.token_to_kv_pool_allocator.get_kvcache(), cache.page_size)
+        self._recorder = Recorder((*pool.k, *pool.v), cache.page_size)
 
     def around_write_back(
         self,
