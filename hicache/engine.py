@@ -17,7 +17,8 @@ Three rules make the host tier usable as a promise to SGLang:
 - Every decision is a function of the calls and their order. So the ranks of a server, which make the same calls, hold
   the same pages in the same slots without asking each other. What they cannot know alike (that a copy has ended, that
   time is up) they agree on before they report it here: `n_overdue` asks, `expire` tells. `digest` condenses all
-  decisions into one number, by which ranks can see that they still agree.
+  decisions into one number, by which ranks can see that they still agree; `has_decided` says that there is something
+  to compare, and is set by the calls, which are the same on all ranks even if their decisions are not.
 
 All methods run on the one thread that owns the engine.
 """
@@ -86,6 +87,7 @@ class Engine:
         self.host = HostTier(index, n_slots, self.stats)
         self.tainted = False
         self.digest = 0
+        self.has_decided = False
         self._max_leased = int(n_slots * max_leased_share)
         self._n_leased = 0
         self._tickets: set[Ticket] = set()
@@ -111,6 +113,7 @@ class Engine:
         A run below a parent that is not held is mirrored but not admitted; offer it again with its path from the root.
         """
         n_pages = len(keys) // KEY_NBYTES
+        self.has_decided = True
         self.stats.offered += n_pages
         rows = self._mirror(keys, parent)
         if self.tainted:
@@ -138,6 +141,7 @@ class Engine:
 
     def skip_offload(self, keys: bytes, parent: bytes | None = None) -> None:
         """As `begin_offload`, for pages that the caller cannot copy now: they are known to be in HBM, and counted."""
+        self.has_decided = True
         self.stats.offered += len(keys) // KEY_NBYTES
         self.stats.skipped_pressure += len(keys) // KEY_NBYTES
         self._mirror(keys, parent)
@@ -214,6 +218,7 @@ class Engine:
 
     def open_ticket(self, keys: bytes, parent: bytes | None) -> Ticket:
         """A request waits for these pages below `parent`: lease what host memory has of its whole path."""
+        self.has_decided = True
         self.stats.tickets += 1
         rows = NO_ROWS if self.tainted else self._held_path(keys, parent)
         if self._n_leased + len(rows) > self._max_leased:

@@ -122,7 +122,7 @@ class TieredRadixCache(UnifiedRadixCache):
         if self.linker is None:
             return
         self._engine.tick()
-        if self.linker.cache_linker.is_copying or self._engine.n_waiting:
+        if self.linker.cache_linker.is_copying or self._engine.n_waiting or self._engine.has_decided:
             self._agree()
             self._engine.poll_tickets()
 
@@ -135,13 +135,29 @@ class TieredRadixCache(UnifiedRadixCache):
         digest = engine.digest % UNKNOWN
         seen = (mine.n_ended, mine.n_landed, mine.n_restored, *overdue, digest, -digest)
         n_ended, n_landed, n_restored, n_arriving, n_following, lowest, highest = self._ranks.minimum(seen)
-        if lowest != -highest and not engine.tainted:
-            logger.error("The ranks no longer agree on what is kept: nothing is promised or kept until /flush_cache")
-            engine.taint()
+        engine.has_decided = False
+        if lowest != -highest:
+            self._stand_down()
+            return
         # A write-back that has ended everywhere, but not well everywhere, has failed.
         self.linker.acknowledge(n_landed=n_landed, n_failed=int(n_ended > n_landed))
         linker.end_restores(n_restored)
         engine.expire(n_arriving, n_following)
+
+    def _stand_down(self) -> None:
+        """The ranks have taken different decisions, so there is a fault of ours: stop before it does harm.
+
+        Every rank learns it in the same reduction. Each ends for itself what is under way, so that nothing is pending
+        any more and nobody reduces alone, and from here to the next flush nothing is promised and nothing is kept.
+        """
+        assert self.linker is not None
+        logger.error("The ranks no longer agree on what is kept: nothing is promised or kept until /flush_cache")
+        linker = self.linker.cache_linker
+        linker.copies.quiesce()
+        mine = linker.progress()
+        self.linker.acknowledge(n_landed=0, n_failed=mine.n_ended)
+        linker.end_restores(mine.n_restored)
+        self._engine.taint()
 
     def ready_to_load_host_cache(self) -> int:
         return -1 if self.linker is None else self.linker.start_layer_wise_loading()

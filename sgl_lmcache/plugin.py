@@ -7,7 +7,8 @@ Without our flag every hook that is registered here returns at once:
 - before `Scheduler.__init__`: SGLang's configuration has been published, its scheduler has not read it yet. Switching
   its external-linker and LMCache flags on there makes the scheduler call the cache's prefetch, load and event methods.
   They cannot be given on the command line together with a backend of one's own;
-- around the calls that bring new weights: see `sgl_lmcache.weights`.
+- around the calls that bring new weights: see `sgl_lmcache.weights`;
+- after `Req.__init__`: see `sgl_lmcache.adapters`.
 
 SGLang logs what a plug-in raises and goes on without it, so the factory checks that the second hook has run.
 """
@@ -29,12 +30,13 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sgl_lmcache import cpu, weights
+    from sgl_lmcache import adapters, cpu, weights
 
     register_radix_cache_backend(BACKEND, _build)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolve_once", _before_resolution, HookType.BEFORE)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _before_scheduler, HookType.BEFORE)
     weights.register()
+    adapters.register()
     cpu.install()
 
 

@@ -148,6 +148,13 @@ _CACHE = (
     Seam("sglang.srt.mem_cache.base_prefix_cache.EvictParams.num_tokens", None, "says how much room SGLang needs"),
     Seam("sglang.srt.managers.schedule_batch.Req", None, "a request"),
     Seam("sglang.srt.managers.schedule_batch.Req.rid", None, "names the request"),
+    Seam(
+        "sglang.srt.managers.schedule_batch.Req.__init__",
+        None,
+        "hooked to tell adapters' keys from callers'",
+        ("extra_key", "lora_id"),
+    ),
+    *_names("sglang.srt.managers.schedule_batch.Req", "tells adapters' keys from callers'", "extra_key", "lora_id"),
     Seam("sglang.srt.managers.schedule_batch.Req.skip_radix_cache_insert", None, "says that nobody will hit it"),
     Seam("sglang.srt.mem_cache.unified_cache.cache_action.BackupKV", None, "a type of the calls to our cache"),
     Seam("sglang.srt.mem_cache.unified_cache.components.ComponentType", None, "a type of the calls to our cache"),
@@ -191,6 +198,7 @@ _TREE_CORE_METHODS = (
     Seam("get_last_hash_value", "self, node_id", "the parent of a node that is written back"),
     Seam("get_prefix_hash_values", "self, node_id", "the keys of a path that is written back again"),
     Seam("get_hash_values", "self, node_id", "the keys of a node that HBM evicts"),
+    Seam("finish_external_linker_offload", "self, node_ids, ack_id, success", "marks a node that needs no copy"),
     Seam("collect_full_device_indices", "self, from_node_id, until_node_id", "where a path lies in HBM"),
     Seam("mark_external_linker_offload_pending", "self, node_id", "marks a node as being written back"),
 )

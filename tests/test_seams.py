@@ -299,6 +299,7 @@ READ_BY = {
     "linker.py": r"kv",
     "factory.py": r"ctx|parallel|adapter|get_\w+\(\)",
     "namespace.py": r"server_args|model_config|layer",
+    "adapters.py": r"req|get_\w+\(\)|HookRegistry|HookType",
     "weights.py": r"updater|request|result|HookRegistry|HookType",
     "refusals.py": r"ctx|setup\.(execution\.)?\w+",
     "plugin.py": r"server_args|memory|HookRegistry|HookType",

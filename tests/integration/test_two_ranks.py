@@ -55,7 +55,9 @@ class TwoRanks:
             ranks=self.ranks[rank],
             make_copies=SteppedCopies,
         )
-        self.ranks[rank].may_ask = lambda: real.linker.is_copying or real.engine.n_waiting > 0
+        self.ranks[rank].may_ask = lambda: (
+            real.linker.is_copying or real.engine.n_waiting > 0 or real.engine.has_decided
+        )
         real.cache._all_reduce_attn_groups = partial(self._sglang_reduces, rank)
         assert isinstance(real.copies, SteppedCopies)
         return Scheduler(real, real.copies)
