@@ -98,8 +98,9 @@ def _slabs(server: Server) -> set[int]:
 def _check_nothing_is_left(server: Server, slabs: set[int], folder: Path) -> None:
     wait_for("no process", server.processes.left_nothing, END_TIMEOUT_S)
     assert _users(slabs) == []
-    # SGLang leaves sockets, and empty files and folders.
-    assert [path for path in (folder / "tmp").rglob("*") if path.is_file() and path.stat().st_size] == []
+    # SGLang leaves sockets, empty files and folders, and what torch has compiled.
+    left = [path for path in (folder / "tmp").rglob("*") if path.is_file() and path.stat().st_size]
+    assert [path for path in left if not any(part.startswith("torchinductor") for part in path.parts)] == []
     assert [path.name for path in Path("/dev/shm").iterdir() if "lmcache" in path.name] == []
 
 
