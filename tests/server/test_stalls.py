@@ -2,8 +2,8 @@
 
 The copies have to be large for that, so the model is the larger one, and its write-backs are made to copy their bytes
 again and again. Decode steps are measured in alternation, with the copying threads at work and asleep. They share two
-cores and a memory bus with the forward, which costs it something; what must not happen is that it waits for the GIL at
-each of its operations. A copy in a Python loop shows what that looks like: docs/adr/0004 has figures.
+cores and a memory bus with the forward, which costs it something (3.5 times on a busy machine of two cores); what must
+not happen is that it waits for the GIL at each of its operations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ N_ROUNDS = 5
 N_STEPS = 40
 
 MAX_SLOWDOWN = 6.0
-"""Of the median decode step. Two busy cores shared by three threads explain 1.5 to 3; a Python loop costs 20."""
+"""Of the median decode step: a guess, well above the 3.5 that were measured beside other work."""
 
 
 def test_decode_steps_while_copies_run(fleet: Fleet, record_property: Callable[[str, object], None]) -> None:
