@@ -82,4 +82,4 @@ def test_eviction_waits_for_the_first_copies_only(real: RealCache, gate: threadi
     assert run(real, 1, 4)
     gate.release(1)
     assert run(real, 2, 10)
-    assert real.cache.protected_size() == 4 * PAGE
+    assert real.cache.protected_size() == (4 + 10) * PAGE, "the second's pages and its own are still being copied"
