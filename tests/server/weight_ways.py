@@ -57,8 +57,8 @@ def load_tensors(server: Server, model: Path, *, flush_cache: bool) -> None:
     named = sorted(load_file(model / "model.safetensors").items())
     half = len(named) // 2
     for part, flush in ((named[:half], False), (named[half:], flush_cache)):
-        payload = base64.b64encode(_serialize(part)).decode()
-        answer = server.ask("/update_weights_from_tensor", serialized_named_tensors=[payload], flush_cache=flush)
+        payloads = [base64.b64encode(_serialize(part)).decode() for _ in range(server.setup.n_ranks)]
+        answer = server.ask("/update_weights_from_tensor", serialized_named_tensors=payloads, flush_cache=flush)
         assert answer["success"]
 
 
@@ -73,7 +73,7 @@ def _serialize(tensors: list[tuple[str, torch.Tensor]]) -> bytes:
 
 
 def broadcast(server: Server, model: Path, *, flush_cache: bool) -> None:
-    """This process is rank 0 of a group of two and sends every tensor; the server is rank 1."""
+    """This process is rank 0 of a group and sends every tensor; the server's ranks come after it."""
     tensors = load_file(model / "model.safetensors")
     described = {
         "names": list(tensors),
@@ -81,11 +81,12 @@ def broadcast(server: Server, model: Path, *, flush_cache: bool) -> None:
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
     }
     port = _free_port()
-    where = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
+    world_size = 1 + server.setup.n_ranks
+    where = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": world_size}
     with ThreadPoolExecutor(1) as thread:
         joined = thread.submit(server.ask, "/init_weights_update_group", group_name=GROUP, backend="gloo", **where)
         group = init_custom_process_group(
-            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=GROUP
+            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=world_size, rank=0, group_name=GROUP
         )
         assert joined.result()["success"]
         try:

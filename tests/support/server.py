@@ -146,6 +146,10 @@ class Server:
         assert self._processes is not None, f"server {self.setup.name} is not running"
         return self._processes
 
+    @property
+    def is_alive(self) -> bool:
+        return self.processes.exit_code() is None
+
     def check_alive(self) -> None:
         """Raises `ServerDiedError` with the tail of the log if the server has ended."""
         if (exit_code := self.processes.exit_code()) is not None:
