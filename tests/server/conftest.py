@@ -46,10 +46,8 @@ class Fleet:
         self._servers: dict[str, Server] = {}
 
     def get(self, setup: Setup) -> Server:
+        self._drop_dead()
         server = self._servers.pop(setup.name, None)
-        if server is not None and not server.is_alive:  # the test that has seen it die has failed; others need not
-            server.stop()
-            server = None
         if server is None:
             self.make_room()
             self._n_started += 1
@@ -60,6 +58,12 @@ class Fleet:
         self._servers[setup.name] = server
         server.check_alive()
         return server
+
+    def _drop_dead(self) -> None:
+        """The test that has seen a server die has failed; those after it need not."""
+        for name, server in tuple(self._servers.items()):
+            if not server.is_alive:
+                self._servers.pop(name).stop()
 
     def make_room(self) -> None:
         """For one more server, the caller's own perhaps."""
