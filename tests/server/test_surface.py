@@ -67,6 +67,7 @@ def test_openai_chat_second_turn_hits(cached: Server) -> None:
 def test_installed_without_the_flag_changes_nothing(fleet: Fleet) -> None:
     installed, absent = fleet.get(PLAIN), fleet.get(WITHOUT_US)
     facts, stock_facts = installed.facts(), absent.facts()
+    assert facts.pop("pid") != stock_facts.pop("pid")
     assert facts.pop("backends") == [*stock_facts.pop("backends"), "sgl_lmcache"]
     assert facts == stock_facts
     assert facts["cache_class"] == "UnifiedRadixCache"
