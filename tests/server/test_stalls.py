@@ -2,8 +2,8 @@
 
 The copies have to be large for that, so the model is the larger one, and its write-backs are made to copy their bytes
 again and again. Decode steps are measured in alternation, with the copying threads at work and asleep. They share two
-cores and a memory bus with the forward, which costs it something (1.3 times on two quiet cores, 3.5 on busy ones); what must
-not happen is that it waits for the GIL at each of its operations.
+cores and a memory bus with the forward, which costs it something (1.3 times on two quiet cores, 3.5 on busy ones); what
+must not happen is that it waits for the GIL at each of its operations.
 """
 
 from __future__ import annotations
