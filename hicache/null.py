@@ -36,6 +36,12 @@ class NullTier(Tier):
     def delete(self, keys: bytes) -> Future[int]:
         return _done(0)
 
+    def clear(self) -> Future[int]:
+        return _done(0)
+
+    def expected_load_s(self, n_pages: int) -> float:
+        return 0.0
+
     def capacity(self) -> Capacity:
         return Capacity(used_nbytes=0, limit_nbytes=0)
 

@@ -1,7 +1,7 @@
 """The contract of a tier below host memory: SSD, or a store shared with other servers.
 
 A tier keeps pages by name and moves them between itself and slots of the slab. The engine talks to every tier through
-these nine methods and through nothing else, so a new tier is one file here and one line in the registry of kinds.
+these methods and through nothing else, so a new tier is one file here and one line in the registry of kinds.
 
 What every tier promises:
 
@@ -115,6 +115,20 @@ class Tier(ABC):
     @abstractmethod
     def delete(self, keys: bytes) -> Future[int]:
         """Forget these pages, in any order. Answers how many of them were there."""
+
+    @abstractmethod
+    def clear(self) -> Future[int]:
+        """Forget all pages. Answers how many there were.
+
+        Loads of before may still run, and may end short; no load or store is asked for until the future is done.
+        """
+
+    @abstractmethod
+    def expected_load_s(self, n_pages: int) -> float:
+        """Seconds that loading `n_pages` would take if asked for now, behind what is queued, at the measured speed.
+
+        0.0 while nothing has been measured. Never blocks.
+        """
 
     @abstractmethod
     def capacity(self) -> Capacity:

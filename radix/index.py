@@ -97,6 +97,22 @@ class Index:
             raise ValueError(f"these keys are not a run below row {parent}")
         return out
 
+    def insert_pages(self, keys: bytes, parents: bytes) -> Rows:
+        """A row for each of these pages, in any order that has parents first, each below its own parent.
+
+        parents: as many keys; 32 zero bytes stand for the root. The row is -1 for a page whose parent is neither known
+        nor before it in the run, and for one that is known below another parent. For the rest as `insert`.
+        Raises IndexFull, with nothing changed, if fewer rows are free than these pages lack; ValueError if the blobs
+        are not whole keys, or not equally many.
+        """
+        blob, above = _blob(keys), _blob(parents)
+        if len(blob) != len(above):
+            raise ValueError(f"{len(blob)} pages have as many parents, not {len(above)}")
+        out = np.empty(len(blob), np.int32)
+        if kernels.insert_pages(self._columns, blob, above, self.now, out) == kernels.FULL:
+            raise IndexFull(f"{self.capacity - len(self)} rows are free, and more of these {len(blob)} pages are new")
+        return out
+
     def forget(self, rows: Rows) -> None:
         """Free those of `rows` that nothing holds, and the parents that only they held."""
         kernels.reap(self._columns, rows)

@@ -201,6 +201,46 @@ def insert(columns: Columns, blob: Blob, parent: int, now: int, out: Rows) -> in
     return len(blob) - n_known
 
 
+@inlined
+def _names_root(parents: Blob, i: int) -> bool:
+    parent = parents[i]
+    return bool(parent[0] == 0 and parent[1] == 0 and parent[2] == 0 and parent[3] == 0)
+
+
+@kernel(types.int64, COLUMNS_T, BLOB_T, BLOB_T, types.int64, ROWS_T)
+def insert_pages(columns: Columns, keys: Blob, parents: Blob, now: int, out: Rows) -> int:
+    """Write a row for each key into `out`, or `_NONE` for one whose parent has no row or is not the one it has.
+
+    Returns the number of new rows; or `FULL`, if there are more keys without a row than free rows.
+    """
+    n_missing = 0
+    for i in range(len(keys)):
+        if columns.table[_probe(columns, keys, i)] == 0:
+            n_missing += 1
+    if n_missing > len(columns.parent) - columns.tally[N_ROWS]:
+        return FULL
+    n_new = 0
+    for i in range(len(keys)):
+        above = _ROOT
+        if not _names_root(parents, i):
+            above = int(columns.table[_probe(columns, parents, i)]) - 1
+            if above == _NONE:
+                out[i] = _NONE
+                continue
+        entry = _probe(columns, keys, i)
+        row = int(columns.table[entry]) - 1
+        if row == _NONE:
+            row = _new_row(columns, above, now)
+            columns.table[entry] = row + 1
+            for word in range(4):
+                columns.key[row, word] = keys[i, word]
+            n_new += 1
+        elif columns.parent[row] != above:
+            row = _NONE
+        out[i] = row
+    return n_new
+
+
 @kernel(types.void, COLUMNS_T, types.int64, ROWS_T)
 def path(columns: Columns, row: int, out: Rows) -> None:
     """Write the rows from the root to `row` into `out`, which is as long as that path."""

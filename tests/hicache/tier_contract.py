@@ -114,6 +114,28 @@ class TierContract:
         assert tier.exists(keys).result() == n_stored
         tier.close()
 
+    def test_a_cleared_tier_is_empty_and_takes_pages_again(self) -> None:
+        tier, slab = self.open()
+        tier.store(batch(4, "a", first_slot=0)).result()
+        tier.store(batch(3, "b", first_slot=4)).result()
+        assert tier.clear().result() == (7 if self.keeps else 0)
+        assert tier.exists(chain(4, "a")[0]).result() == 0
+        assert tier.load(batch(3, "b", first_slot=20)).result() == 0
+        assert tier.clear().result() == 0
+        assert tier.store(batch(4, "a", first_slot=8)).result() == (4 if self.keeps else 0)
+        n_loaded = tier.load(batch(4, "a", first_slot=20)).result()
+        assert n_loaded == (4 if self.keeps else 0)
+        assert np.array_equal(slab[20 : 20 + n_loaded], slab[8 : 8 + n_loaded])
+        tier.close()
+
+    def test_no_load_is_expected_to_take_time_before_one_was_measured(self) -> None:
+        tier, _ = self.open()
+        assert tier.expected_load_s(100) == 0.0
+        tier.store(batch(8, "a")).result()
+        tier.load(batch(8, "a", first_slot=20)).result()
+        assert 0.0 <= tier.expected_load_s(1) <= tier.expected_load_s(100)
+        tier.close()
+
     def test_an_empty_batch_is_legal(self) -> None:
         tier, _ = self.open()
         assert tier.exists(b"").result() == 0

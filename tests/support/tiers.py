@@ -27,7 +27,8 @@ def done(value: int) -> Future[int]:
 class MemoryTier(Tier):
     """Keeps pages in a dictionary, up to `limit_pages`; then it stores no more. Answers at once.
 
-    `touched` lists the keys of all `touch` calls, in order; it evicts nothing, so it has no other use for them.
+    `touched` lists the keys of all `touch` calls, in order; it evicts nothing, so it has no other use for them. A load
+    is said to take `load_s_per_page` for each page, whatever it really takes.
     """
 
     def __init__(self, slab: npt.NDArray[np.uint8], limit_pages: int) -> None:
@@ -36,6 +37,7 @@ class MemoryTier(Tier):
         self._pages: dict[bytes, bytes] = {}
         self._counts = {"loaded": 0, "stored": 0, "deleted": 0}
         self.touched: list[bytes] = []
+        self.load_s_per_page = 0.0
         self.closed = False
 
     @property
@@ -68,6 +70,14 @@ class MemoryTier(Tier):
         self._counts["deleted"] += n_deleted
         return done(n_deleted)
 
+    def clear(self) -> Future[int]:
+        n_pages = len(self._pages)
+        self._pages.clear()
+        return done(n_pages)
+
+    def expected_load_s(self, n_pages: int) -> float:
+        return n_pages * self.load_s_per_page
+
     def capacity(self) -> Capacity:
         page_nbytes = self._slab.shape[1]
         return Capacity(len(self._pages) * page_nbytes, self._limit_pages * page_nbytes)
@@ -93,7 +103,7 @@ class MemoryTier(Tier):
 class FaultyTier(Tier):
     """Another tier with faults and latency, both scripted: no clock, no randomness, no sleep.
 
-    `fail_next(n)`: the next n calls of exists, load, store or delete answer with `TierError`.
+    `fail_next(n)`: the next n calls of exists, load, store, delete or clear answer with `TierError`.
     `hold()`: answers wait until `release(n)` lets the n oldest through, in order. The inner tier does its work only
     then, as a slow disk would. `close` of the wrapper lets everything through first.
     """
@@ -142,6 +152,12 @@ class FaultyTier(Tier):
 
     def delete(self, keys: bytes) -> Future[int]:
         return self._call(lambda: self._inner.delete(keys))
+
+    def clear(self) -> Future[int]:
+        return self._call(self._inner.clear)
+
+    def expected_load_s(self, n_pages: int) -> float:
+        return self._inner.expected_load_s(n_pages)
 
     def capacity(self) -> Capacity:
         return self._inner.capacity()
