@@ -141,9 +141,10 @@ class Engine:
 
     def skip_offload(self, keys: bytes, parent: bytes | None = None) -> None:
         """As `begin_offload`, for pages that the caller cannot copy now: they are known to be in HBM, and counted."""
+        n_pages = len(keys) // KEY_NBYTES
         self.has_decided = True
-        self.stats.offered += len(keys) // KEY_NBYTES
-        self.stats.skipped_pressure += len(keys) // KEY_NBYTES
+        self.stats.offered += n_pages
+        self.stats.skipped_pressure += n_pages
         self._mirror(keys, parent)
 
     def finish_offload(self, offload: Offload, *, landed: bool) -> None:
@@ -320,11 +321,9 @@ class Engine:
         kept would disagree about who waits.
         """
         self.tainted = True
-        for ticket in self._arriving.waiting():
-            self._arriving.discard(ticket)
+        for ticket in self._arriving.expire(len(self._arriving)):
             ticket.verdict = Verdict.GO
-        for ticket in self._following.waiting():
-            self._following.discard(ticket)
+        self._following.expire(len(self._following))
 
     def _decided(self, *numbers: int) -> None:
         self.digest = hash((self.digest, *numbers))

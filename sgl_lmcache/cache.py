@@ -252,7 +252,9 @@ class TieredRadixCache(UnifiedRadixCache):
         self._close_tickets()
         was_tainted = self.linker is not None and self._engine.tainted
         super().reset()
-        if was_tainted:
+        if was_tainted and self._in_weight_session:
+            self._engine.taint()
+        elif was_tainted:
             self._start_namespace()
 
     # ---- weights ----
@@ -288,10 +290,7 @@ class TieredRadixCache(UnifiedRadixCache):
             logger.warning("Weights have changed under cached KV: nothing is kept below HBM until /flush_cache")
 
     def _start_namespace(self) -> None:
-        """Everything of the old weights has been dropped."""
-        if self._in_weight_session:
-            self._engine.taint()
-            return
+        """The weights are whole, and everything of the old ones has been dropped."""
         assert self.namespace is not None
         version = get_serving().weight_version
         self.namespace = self.namespace.renewed(None if version == self._weight_version else version)

@@ -7,7 +7,7 @@ the scheduler's weight updater, and stays so until everything is dropped (`Tiere
 There are five doors to new weights. Disk and IPC updates are one call each. Tensor and distributed updates are only
 accepted between `begin_weight_update` and `end_weight_update`, and so is writing weights from outside (P2P, RDMA), so
 for those the two ends of the session are what counts. A flush inside a session drops what there is, but does not lift
-the taint: more may come.
+the taint: more may come. The weight checker, last, can overwrite weights with noise.
 
 An update that fails taints like one that succeeds: it may have failed half-way.
 """
@@ -70,7 +70,7 @@ def after_session(result: Any, updater: SchedulerWeightUpdaterManager, *_args: A
     cache = _cache_of(updater)
     if cache is not None and result.success:
         cache.end_weight_session()
-        cache.weights_updated(is_idle=updater.is_fully_idle(ignore_waiting=True))
+        after_update(result, updater)
 
 
 def _cache_of(updater: SchedulerWeightUpdaterManager) -> TieredRadixCache | None:

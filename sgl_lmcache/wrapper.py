@@ -126,11 +126,10 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def acknowledge(self, *, n_landed: int, n_failed: int) -> None:
         """The first write-backs have ended on every rank, n_landed well and then n_failed badly: unlock their nodes."""
-        for _ in range(n_landed):
-            self.cache_linker.pop_write_back(landed=True)
-        for _ in range(n_failed):
-            self.cache_linker.pop_write_back(landed=False)
-        self.commit_completed_offloads([True] * (n_landed + n_failed))
+        n_ended = n_landed + n_failed
+        for number in range(n_ended):
+            self.cache_linker.pop_write_back(landed=number < n_landed)
+        self.commit_completed_offloads([True] * n_ended)
 
     # ---- life ----
 

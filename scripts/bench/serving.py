@@ -37,17 +37,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo_server import Client, Deadline, free_port, running
 
 from sgl_lmcache import cpu, serve
 from sgl_lmcache.cpu.model import RECIPES, make_model
+from tests.support.inspection import ProbeFolder
 
 PAGE_SIZE = 16
 TOKEN_NBYTES = 12 * 2 * 8 * 64 * 2
@@ -163,16 +164,17 @@ def run_ranks(n_tokens: int, n_rounds: int) -> dict[str, float]:
         client = stack.enter_context(
             server(folder, cached=True, pool_tokens=pool_tokens, n_ranks=2, environment=with_probe(folder))
         )
-        seen = [inspection(folder, 1)]
+        probe = ProbeFolder(folder, 2, check_alive=lambda: None)
+        seen = [probe.inspect()[0]]
         for _ in range(n_prompts):
             generate(client, prompts.make(512), 1)
-        seen.append(inspection(folder, 2))
+        seen.append(probe.inspect()[0])
         generate(client, prompts.make(64), n_steps)
-        seen.append(inspection(folder, 3))
+        seen.append(probe.inspect()[0])
         figures = ttft(client, n_tokens, n_rounds)
-        seen.append(inspection(folder, 4))
-    counts = [one["n_reductions"] for one in seen]
-    calls = [one["times"]["minimum"] for one in seen]
+        seen.append(probe.inspect()[0])
+    counts = [one.n_reductions for one in seen]
+    calls = [one.times["minimum"] for one in seen]
     spent_us = (calls[-1]["total_ns"] - calls[0]["total_ns"]) / 1e3
     return {
         "reductions a 1,000 prompt tokens": (counts[1] - counts[0]) / (n_prompts * 512 / 1000),
@@ -219,10 +221,11 @@ def run_thread(n_prompts: int = 24, n_tokens: int = 512, n_new: int = 32) -> dic
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         environment = with_probe(Path(name))
         client = stack.enter_context(server(Path(name), cached=True, pool_tokens=6144, environment=environment))
-        before = inspection(Path(name), 1)["times"]
+        probe = ProbeFolder(Path(name), 1, check_alive=lambda: None)
+        before = probe.inspect()[0].times
         for _ in range(n_prompts):
             generate(client, prompts.make(n_tokens), n_new)
-        after = inspection(Path(name), 2)["times"]
+        after = probe.inspect()[0].times
     figures: dict[str, float] = {"prompt_tokens": n_prompts * n_tokens}
     events = "check_hicache_events"
     per_turn_us = (after[events]["total_ns"] - before[events]["total_ns"]) / 1e3
@@ -247,17 +250,6 @@ def with_probe(folder: Path) -> dict[str, str]:
         "SGL_LMCACHE_PROBE_DIR": str(folder),
         "SGL_LMCACHE_PROBE_TIMES": "1",
     }
-
-
-def inspection(folder: Path, number: int) -> dict[str, Any]:
-    """What the probe sees in rank 0, the number-th time that it is asked."""
-    request, answer = folder / "request.part", folder / f"answer-{number}-0.json"
-    request.write_text(str(number))
-    request.replace(folder / "request")
-    while not answer.exists():
-        time.sleep(0.05)
-    seen: dict[str, Any] = json.loads(answer.read_text())
-    return seen
 
 
 def burst_s(client: Client, batch: Sequence[Sequence[int]]) -> float:

@@ -3,17 +3,8 @@ import pytest
 from hicache import Engine, Offload, Ticket, Verdict
 from hicache.engine import FOLLOW_TIMEOUT_S
 from radix import HBM, HOST, Index, State
+from tests.support.clock import Clock
 from tests.support.keys import path_keys
-
-
-class Clock:
-    """Monotonic seconds that move when a test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

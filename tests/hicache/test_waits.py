@@ -2,14 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hicache.waits import Waits
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.support.clock import Clock
 
 
 def test_whoever_has_waited_their_time_is_overdue_and_nobody_leaves_by_it() -> None:

@@ -14,6 +14,7 @@ from random import Random
 import pytest
 
 from hicache import prefills
+from tests.support.clock import Clock
 from tests.support.real_cache import RealCache
 from tests.support.scheduler import Scheduler
 from tests.support.stepped_copies import SteppedCopies
@@ -44,16 +45,6 @@ MUST_BE_SEEN = (
     "skipped_tainted",
     "tickets_unleased",
 )
-
-
-class Clock:
-    """Monotonic seconds that move when a test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def make_scheduler(rng: Random, tree_core: str, clock: Clock) -> Scheduler:

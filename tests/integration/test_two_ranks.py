@@ -19,7 +19,8 @@ import torch
 
 from hicache import prefills
 from radix import HOST
-from tests.integration.test_cache_machine import PAGE, Clock, drain_step, stats_of
+from tests.integration.test_cache_machine import PAGE, drain_step, stats_of
+from tests.support.clock import Clock
 from tests.support.meeting import Meeting, MeetingRanks
 from tests.support.real_cache import RealCache
 from tests.support.scheduler import Prompt, Scheduler

@@ -7,7 +7,6 @@ Each replaces all weights by those of a folder. `Session` ways are accepted by S
 from __future__ import annotations
 
 import base64
-import socket
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.support.server import Server
+from tests.support.server import Server, free_port
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SGLang's own, while it is imported
@@ -80,7 +79,7 @@ def broadcast(server: Server, model: Path, *, flush_cache: bool) -> None:
         "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
     }
-    port = _free_port()
+    port = free_port()
     world_size = 1 + server.setup.n_ranks
     where = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": world_size}
     with ThreadPoolExecutor(1) as thread:
@@ -99,9 +98,3 @@ def broadcast(server: Server, model: Path, *, flush_cache: bool) -> None:
         finally:
             assert server.ask("/destroy_weights_update_group", group_name=GROUP)["success"]
             torch.distributed.destroy_process_group(group)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

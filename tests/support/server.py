@@ -108,7 +108,7 @@ class Server:
     def __init__(self, setup: Setup, folder: Path) -> None:
         self.setup = setup
         self._folder = folder
-        self._port = _free_port()
+        self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
         any_number = httpx.Limits(max_connections=None)
         self._http = httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S, limits=any_number)
@@ -353,7 +353,8 @@ def _answer(body: Mapping[str, Any]) -> Answer:
     )
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

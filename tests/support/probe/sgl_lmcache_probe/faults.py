@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
@@ -50,8 +51,7 @@ class Trouble:
         self._lock = Lock()
         self._version = 0
         self._faults = NONE
-        self._n_offloads = 0
-        self._n_restores = 0
+        self._n_begun: Counter[str] = Counter()
 
     def around_offload(self, offload: Callable[..., None], *args: Any) -> None:
         """A piece of a write-back. Copying it again does no harm: its pages are locked, and its slots leased."""
@@ -64,20 +64,19 @@ class Trouble:
     def _before_offload(self) -> None:
         self._wait_while_held()
         faults = self._current()
-        self._delay(faults.copy_delay_s)
-        with self._lock:
-            self._n_offloads += 1
-            fails = self._n_offloads <= faults.n_failing_offloads
-        if fails:
-            raise CopyFailureError("a test wanted this copy to fail")
+        self._disturb(faults, "offload", faults.n_failing_offloads)
 
     def before_restore(self, *_args: Any) -> None:
         """A layer of a piece of a restore."""
         faults = self._current()
+        self._disturb(faults, "restore", faults.n_failing_restores)
+
+    def _disturb(self, faults: Faults, direction: str, n_failing: int) -> None:
+        """A piece of a copy begins late, and fails if it is one of the first `n_failing` of its direction."""
         self._delay(faults.copy_delay_s)
         with self._lock:
-            self._n_restores += 1
-            fails = self._n_restores <= faults.n_failing_restores
+            self._n_begun[direction] += 1
+            fails = self._n_begun[direction] <= n_failing
         if fails:
             raise CopyFailureError("a test wanted this copy to fail")
 
@@ -106,7 +105,8 @@ class Trouble:
             return NONE
         with self._lock:
             if version != self._version:
-                self._version, self._n_offloads, self._n_restores = version, 0, 0
+                self._version = version
+                self._n_begun.clear()
                 self._faults = msgspec.json.decode(self._path.read_bytes(), type=Faults)
             faults = self._faults
         return faults if faults.rank in (None, self._rank) else NONE
