@@ -1,6 +1,6 @@
 """Tiers below HBM and the policy that joins them: sees keys, slots and numbers, never tensors or SGLang objects."""
 
-from hicache.engine import Engine, Offload, Restore
+from hicache.engine import UNKNOWN, Engine, Offload, Restore
 from hicache.host import HostTier
 from hicache.null import NullTier
 from hicache.prefills import Prefill
@@ -9,6 +9,7 @@ from hicache.ticket import Ticket, Verdict
 from hicache.tier import Batch, Capacity, Health, Tier, TierError
 
 __all__ = [
+    "UNKNOWN",
     "Batch",
     "Capacity",
     "Engine",

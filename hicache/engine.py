@@ -1,4 +1,4 @@
-"""The engine joins the index, the host tier and the tickets: every decision about KV below HBM is taken here.
+"""The engine joins the index, the host tier, the tier below it and the tickets: every decision about KV is taken here.
 
 It never moves a byte. A caller that has a page in HBM says `begin_offload` and is told which slots to fill, copies, and
 says `finish_offload`; a caller that wants pages back says `lookup`, then `begin_restore`, is told which slots to read,
@@ -11,38 +11,49 @@ or writes is evicted or given away. That is the whole protocol:
 Three rules make the host tier usable as a promise to SGLang:
 
 - It is closed under prefixes: a page is admitted only below a parent that is held. Eviction is leaf-first, so it stays
-  closed, and a lookup is one walk that stops at the first page that is not resident.
+  closed, and a lookup is one walk that stops at the first page that is not resident. Pages of a lower tier are brought
+  in (`hicache.fetches`) before they are promised, while their request waits in the queue.
 - What a lookup has reported cannot be evicted in the same tick, because SGLang evicts and allocates between its lookup
   and its load. The caller ticks once a scheduler iteration.
 - Every decision is a function of the calls and their order. So the ranks of a server, which make the same calls, hold
-  the same pages in the same slots without asking each other. What they cannot know alike (that a copy has ended, that
-  time is up) they agree on before they report it here: `n_overdue` asks, `expire` tells. `digest` condenses all
-  decisions into one number, by which ranks can see that they still agree; `has_decided` says that there is something
-  to compare, and is set by the calls, which are the same on all ranks even if their decisions are not.
+  the same pages in the same slots without asking each other. What they cannot know alike (that a copy has ended, what a
+  disk has answered, that time is up) they agree on before they act on it: `report` says what this rank sees, `follow`
+  takes the minimum over all. `digest` condenses all decisions into one number, by which ranks can see that they still
+  agree; `has_decided` says that there is something to compare, and is set by the calls, which are the same on all ranks
+  even if their decisions are not.
 
 All methods run on the one thread that owns the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hicache.fetches import NO_ROWS, Fetch, true_prefix
 from hicache.host import HostTier, Slots
+from hicache.lower import Lower
 from hicache.prefills import Prefill, Prefills
+from hicache.speed import PrefillSpeed
 from hicache.stats import Stats
 from hicache.ticket import Ticket, Verdict
+from hicache.tier import Tier
 from hicache.waits import Waits
 from radix import HBM, HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 
-NO_ROWS: Rows = np.empty(0, dtype=np.int32)
+UNKNOWN: Final = 2**62
+"""What a rank reports of a thing that is another's to know: no minimum is greater."""
 
 FOLLOW_TIMEOUT_S = 60.0
 """How long a request may wait for pages that another is computing. A request that runs makes progress or ends, and both
 release its followers; this bounds what a fault in that reasoning could cost."""
+
+STAND_DOWN_S = 5.0
+"""How long ranks that have come to disagree wait for a tier to end what it has under way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +82,8 @@ class Engine:
     max_leased_share: how much of the host tier waiting requests may pin together, from 0 to 1. Beyond it a ticket opens
         without leases: its request still hits what is there when it is admitted, but the pages may leave before that.
     clock: monotonic seconds, for deadlines only.
+    tier: what lies below host memory; the engine closes it. batch_pages: the most that one call of the tier moves.
+    fetch_only_if_faster: compute what the tier would take longer to load, by what was measured of both.
     """
 
     def __init__(
@@ -81,11 +94,27 @@ class Engine:
         clock: Callable[[], float],
         ticket_timeout_s: float = 5.0,
         max_leased_share: float = 0.5,
+        tier: Tier | None = None,
+        batch_pages: int = 16,
+        fetch_only_if_faster: bool = False,
     ) -> None:
         self.stats = Stats()
         self.index = index
         self.host = HostTier(index, n_slots, self.stats)
+        self.prefill_speed = PrefillSpeed()
+        self.below: Lower | None = None
+        if tier is not None:
+            self.below = Lower(
+                tier,
+                index,
+                self.host,
+                self.stats,
+                self.prefill_speed,
+                batch_pages=batch_pages,
+                only_if_faster=fetch_only_if_faster,
+            )
         self.tainted = False
+        self._is_lost = False
         self.digest = 0
         self.has_decided = False
         self._max_leased = int(n_slots * max_leased_share)
@@ -153,6 +182,8 @@ class Engine:
         if landed:
             self.host.land(offload.rows)
             self.stats.offloaded += len(offload.rows)
+            if self.below is not None and not self.tainted:
+                self.below.spills.offer(int(offload.rows[-1]))
         else:
             self.host.abandon(offload.rows)
             self.stats.failed += len(offload.rows)
@@ -218,21 +249,48 @@ class Engine:
     # ---- tickets ----
 
     def open_ticket(self, keys: bytes, parent: bytes | None) -> Ticket:
-        """A request waits for these pages below `parent`: lease what host memory has of its whole path."""
+        """A request waits for these pages below `parent`: lease what host memory has of its path, fetch the rest."""
         self.has_decided = True
         self.stats.tickets += 1
-        rows = NO_ROWS if self.tainted else self._held_path(keys, parent)
-        if self._n_leased + len(rows) > self._max_leased:
-            self.stats.tickets_unleased += 1
-            rows = NO_ROWS
-        self.index.lease(rows)
-        self._n_leased += len(rows)
-        ticket = Ticket(rows, Prefill(keys))
+        held = NO_ROWS if self.tainted else self._held_path(keys, parent)
+        ticket = Ticket(NO_ROWS, Prefill(keys))
         self._tickets.add(ticket)
+        self._lease_for(ticket, held)
+        if self.below is not None and not self.tainted:
+            ticket.fetch = self._open_fetch(self.below, keys, parent, held)
         if self._is_arriving(ticket):
             ticket.verdict = Verdict.WAIT
             self._arriving.add(ticket)
         return ticket
+
+    def _lease_for(self, ticket: Ticket, rows: Rows) -> None:
+        """Give the ticket leases on these rows in place of those it has, if waiting requests may lease so much."""
+        if self._n_leased - len(ticket.rows) + len(rows) > self._max_leased:
+            self.stats.tickets_unleased += 1
+            return
+        self.index.lease(rows)
+        self.index.release(ticket.rows)
+        self._n_leased += len(rows) - len(ticket.rows)
+        ticket.rows = rows
+
+    def _open_fetch(self, below: Lower, keys: bytes, parent: bytes | None, held: Rows) -> Fetch | None:
+        """Ask the tier for what host memory lacks of a path, from the root on: host memory is closed under prefixes.
+
+        held: the rows of what it has. None: there is nothing to ask for, or the index does not know the parent.
+        """
+        parent_row = None if parent is None else self.index.row_of(parent)
+        if not keys or (parent is not None and parent_row is None):
+            return None
+        above = NO_ROWS if parent_row is None else self.index.path(parent_row)
+        n_held = len(held)
+        last = self.index.keys_of(held[-1:]) if n_held else self.index.keys_of(above[-1:])
+        if last:
+            below.tier.touch(last)
+        missing = self.index.keys_of(above[n_held:]) + keys[max(0, n_held - len(above)) * KEY_NBYTES :]
+        if not missing:
+            return None
+        parent_held = self.index.keys_of(held[-1:]) if n_held else None
+        return below.fetches.open(missing, parent_held, depth=n_held, n_in_hbm=max(0, len(above) - n_held))
 
     def admit(self, ticket: Ticket) -> bool:
         """An admission attempt: whether the request of `ticket` may go into a batch of this pass.
@@ -264,6 +322,8 @@ class Engine:
     def close_ticket(self, ticket: Ticket) -> None:
         """End a ticket's leases. A ticket is closed once; the prefill of one that was never launched ends with it."""
         self._tickets.remove(ticket)
+        if self.below is not None and ticket.fetch is not None:
+            self.below.fetches.drop(ticket.fetch)
         self._arriving.discard(ticket)
         self._following.discard(ticket)
         self._prefills.end(ticket.prefill)
@@ -273,44 +333,86 @@ class Engine:
     def poll_tickets(self) -> None:
         """Let go whose pages have all arrived. Cheap when nobody waits."""
         for ticket in self._arriving.waiting():
+            if ticket.is_fetching:
+                continue
+            if ticket.fetch is not None:
+                self._lease_fetched(ticket, ticket.fetch)
             if not self._is_arriving(ticket):
                 self._arriving.discard(ticket)
                 ticket.verdict = Verdict.GO
 
-    @property
-    def n_waiting(self) -> int:
-        """How many tickets have a deadline now."""
-        return len(self._arriving) + len(self._following)
+    def _lease_fetched(self, ticket: Ticket, fetch: Fetch) -> None:
+        """A fetch is over, and has ended its own leases: the ticket takes what has come, by itself or by another's."""
+        rows = self.index.match(fetch.keys)
+        rows = rows[: true_prefix(self.host.held(rows))]
+        if len(rows):
+            path = self.index.path(int(rows[-1]))
+            if len(path) > len(ticket.rows):
+                self._lease_for(ticket, path)
 
-    def n_overdue(self) -> tuple[int, int]:
-        """By this process's clock: how many have waited their time for pages to arrive, and for another's prefill."""
-        return self._arriving.n_overdue(), self._following.n_overdue()
-
-    def expire(self, n_arriving: int, n_following: int) -> None:
-        """Let those go whom the ranks have agreed to be overdue, as `n_overdue` counts them."""
+    def _expire(self, n_arriving: int, n_following: int) -> None:
+        """Let those go whom the ranks have agreed to be overdue, as `report` counts them."""
         for ticket in self._arriving.expire(n_arriving):
-            ticket.verdict = Verdict.GO
+            self._let_go(ticket)
             self.stats.tickets_expired += 1
         for ticket in self._following.expire(n_following):
             self._prefills.refuse(ticket.prefill)
             self.stats.followers_expired += 1
 
+    def _let_go(self, ticket: Ticket) -> None:
+        """It waits no longer; what is loading for it goes on."""
+        ticket.verdict = Verdict.GO
+        if self.below is not None and ticket.fetch is not None:
+            self.below.fetches.drop(ticket.fetch)
+
     def _is_arriving(self, ticket: Ticket) -> bool:
-        """Whether a page of it is on its way into host memory. Pages that HBM has are not waited for."""
+        """Whether a page of it is on its way into host memory, or may be. Pages that HBM has are not waited for."""
+        if ticket.is_fetching:
+            return True
         arriving = self.index.states(ticket.rows, HOST) == State.INCOMING
         return bool((arriving & (self.index.states(ticket.rows, HBM) != State.RESIDENT)).any())
 
     def _held_path(self, keys: bytes, parent: bytes | None) -> Rows:
         """The rows from the root to the deepest page that host memory holds or receives on this path."""
         rows = self.index.match(keys)
-        rows = rows[: _true_prefix(self.host.held(rows))]
+        rows = rows[: true_prefix(self.host.held(rows))]
         if len(rows):
             return self.index.path(int(rows[-1]))
         row = None if parent is None else self.index.row_of(parent)
         if row is None:
             return NO_ROWS
         path = self.index.path(row)
-        return path[: _true_prefix(self.host.held(path))]
+        return path[: true_prefix(self.host.held(path))]
+
+    # ---- what ranks agree on ----
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there is something to agree on. The same on all ranks."""
+        return bool(self.n_waiting or self.has_decided or (self.below is not None and self.below.is_pending))
+
+    @property
+    def n_waiting(self) -> int:
+        """How many requests have a deadline now: pages of theirs are to arrive, or another computes them."""
+        return len(self._arriving) + len(self._following)
+
+    def report(self, *, decides: bool) -> list[int]:
+        """What this rank sees for itself, always equally many numbers from 0 to `UNKNOWN`. Never blocks.
+
+        decides: whether this rank's clock and measurements count. The rank for which they do says how many have waited
+        their time for pages to arrive, and for another's prefill.
+        """
+        overdue = [self._arriving.n_overdue(), self._following.n_overdue()] if decides else [UNKNOWN, UNKNOWN]
+        return overdue if self.below is None else overdue + self.below.report(decides=decides)
+
+    def follow(self, agreed: Sequence[int]) -> None:
+        """Act on the minima over all ranks of their reports."""
+        self.has_decided = False
+        if self.below is not None:
+            for fetch in self.below.follow(agreed[2:]):
+                self._decided(len(fetch.slots), int(fetch.slots[0]), int(fetch.slots[-1]))
+        self._expire(*agreed[:2])
+        self.poll_tickets()
 
     # ---- life ----
 
@@ -322,7 +424,7 @@ class Engine:
         """
         self.tainted = True
         for ticket in self._arriving.expire(len(self._arriving)):
-            ticket.verdict = Verdict.GO
+            self._let_go(ticket)
         self._following.expire(len(self._following))
 
     def _decided(self, *numbers: int) -> None:
@@ -333,19 +435,45 @@ class Engine:
         self.index.tick()
 
     def reset(self) -> None:
-        """Drop everything, in HBM's mirror and in host memory, and a taint with it.
+        """Drop everything, in HBM's mirror and in host memory, and a taint with it. The tier below keeps what it has.
 
-        No copy may be running: the caller quiesces first. Prefills that run go on, and lead nobody any more.
+        No copy may be running: the caller quiesces first. What a disk still reads or writes keeps its slots until it
+        has ended, however long that takes. Prefills that run go on, and lead nobody any more.
         """
         assert self._n_copying == 0, f"{self._n_copying} copies have begun and not finished"
         for ticket in tuple(self._tickets):
             self.close_ticket(ticket)
         self._prefills.clear()
+        lingering = [] if self.below is None else self.below.detach()
         self.index.clear()
-        self.host.clear()
-        self.tainted = False
+        self.host.clear(np.concatenate([NO_ROWS, *lingering]))
+        self.tainted = self._is_lost
         self.digest = 0
         self.stats.resets += 1
+
+    def replace_tier(self, tier: Tier) -> None:
+        """Go on with another tier below, for other names. Closes the old one, which blocks, but not for long."""
+        assert self.below is not None
+        old = self.below.tier
+        self.below.replace(tier)
+        old.close()
+
+    def stand_down(self) -> None:
+        """The ranks have come to disagree: taint, and end what is under way below by this rank's own knowledge.
+
+        Blocks until the tier has ended it. If the tier hangs as well, its slots are lost to all agreement: then the
+        taint is for good.
+        """
+        self.taint()
+        self.has_decided = False
+        if self.below is not None:
+            self._is_lost = not self.below.settle(STAND_DOWN_S)
+
+    def close(self) -> None:
+        """Close the tier below. Blocks; what it has under way ends or is given up."""
+        if self.below is not None:
+            self.below.tier.close()
+            self.below.settle(0)
 
     def check_invariants(self) -> None:
         """Raises AssertionError that names what is broken. Scans everything: for tests and debugging."""
@@ -353,8 +481,5 @@ class Engine:
         self.host.check_invariants()
         leased = sum(len(ticket.rows) for ticket in self._tickets)
         assert leased == self._n_leased, f"tickets lease {leased} rows, counted {self._n_leased}"
-
-
-def _true_prefix(flags: NDArray[np.bool_]) -> int:
-    """How many flags are set before the first that is not."""
-    return len(flags) if flags.all() else int(flags.argmin())
+        if self.below is not None:
+            self.below.check_invariants()

@@ -3,10 +3,14 @@
 The bytes belong to the slab (`transfer`), the page's state to the index (`radix`); this file only moves slots between
 the free list and the index, so that at every moment
 
-    free + incoming + resident == capacity
+    free + incoming + resident + lingering == capacity
 
-and no slot has two owners. Evictions happen here and only here, on demand, when slots are asked for: there is no
-watermark to poll and no background thread to race with.
+and no slot has two owners. A slot lingers when its page was dropped by a reset while a lower tier still read or wrote
+it: it is nobody's until that has ended. Evictions happen here and only here, on demand, when slots are asked for: there
+is no watermark to poll and no background thread to race with.
+
+Of each page it is kept whether a lower tier is known to have it, or is about to. That is a hint, which the tier's own
+evictions make stale; so it is kept with the slot and forgotten with it. The tier knows best.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ class HostTier:
         self._index = index
         self._free = SlotAllocator(n_slots)
         self._stats = stats
+        self._stored_below = np.zeros(n_slots, dtype=np.bool_)
+        self._n_lingering = 0
         self.n_slots = n_slots
 
     def admit(self, rows: Rows) -> Rows:
@@ -45,11 +51,13 @@ class HostTier:
         slots = self._free.take(len(admitted))
         assert slots is not None
         self._index.begin(admitted, HOST, slots)
+        self._stored_below[slots] = False
         return admitted
 
-    def land(self, rows: Rows) -> None:
-        """The bytes of these incoming pages are in their slots."""
+    def land(self, rows: Rows, *, stored_below: bool = False) -> None:
+        """The bytes of these incoming pages are in their slots. stored_below: they came from a lower tier."""
         self._index.commit(rows, HOST)
+        self.mark_stored_below(rows, stored_below)
 
     def abandon(self, rows: Rows) -> None:
         """The bytes of these incoming pages will not come: their slots are free again."""
@@ -64,6 +72,19 @@ class HostTier:
         held: NDArray[np.bool_] = self._index.states(rows, HOST) != State.ABSENT
         return held
 
+    def is_stored_below(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool[n], of pages that are held: whether a lower tier has them or has been given them, as far as known."""
+        return self._stored_below[self.slots(rows)]
+
+    def mark_stored_below(self, rows: Rows, stored: bool) -> None:
+        """Remember that of pages that are held."""
+        self._stored_below[self.slots(rows)] = stored
+
+    def end_lingering(self, slots: Slots) -> None:
+        """Nothing reads or writes these lingering slots any more: they are free."""
+        self._n_lingering -= len(slots)
+        self._free.give(slots)
+
     @property
     def n_free(self) -> int:
         return self._free.n_free
@@ -72,16 +93,17 @@ class HostTier:
     def n_resident(self) -> int:
         return self._index.count(HOST, State.RESIDENT)
 
-    def clear(self) -> None:
-        """All slots are free. The index must have been cleared: nothing may be leased or incoming."""
-        self._free = SlotAllocator(self.n_slots)
+    def clear(self, lingering: Slots) -> None:
+        """All slots are free but these. The index must have been cleared: nothing may be leased or incoming."""
+        self._free = SlotAllocator(self.n_slots, taken=lingering)
+        self._n_lingering = len(lingering)
 
     def check_invariants(self) -> None:
         """The conservation law of this file; raises AssertionError that names the sum."""
         self._free.check_invariants()
         incoming = self._index.count(HOST, State.INCOMING)
-        total = self._free.n_free + incoming + self.n_resident
+        total = self._free.n_free + incoming + self.n_resident + self._n_lingering
         assert total == self.n_slots, (
-            f"slots are not conserved: {self._free.n_free} free + {incoming} incoming + {self.n_resident} resident "
-            f"is {total}, capacity is {self.n_slots}"
+            f"slots are not conserved: {self._free.n_free} free + {incoming} incoming + {self.n_resident} resident + "
+            f"{self._n_lingering} lingering is {total}, capacity is {self.n_slots}"
         )

@@ -27,6 +27,18 @@ class Stats:
     """Pages evicted from host memory to make room."""
     restored: int = 0
     """Pages promised to SGLang and copied back into HBM."""
+    fetched: int = 0
+    """Pages that came from a lower tier into host memory, verified."""
+    fetch_missed: int = 0
+    """Pages that a lower tier said it had, and did not bring: damaged, gone, or the tier failed."""
+    fetches_declined: int = 0
+    """Times that pages were computed because loading them would have taken longer (not pages)."""
+    spilled: int = 0
+    """Pages that a lower tier has taken."""
+    spill_skipped: int = 0
+    """Pages that were not given to a lower tier because too many were on their way already."""
+    spill_failed: int = 0
+    """Pages that a lower tier did not take, or not all pages of their batch."""
     lookups: int = 0
     """Calls of lookup (not pages)."""
     tickets: int = 0

@@ -1,6 +1,6 @@
 """A ticket: what one waiting request has asked for, and whether it may be admitted.
 
-    open -> WAIT while a page of it is still on its way into host memory, and not in HBM either
+    open -> WAIT while a page of it is still on its way into host memory, and not in HBM either, or may be below
          -> GO   when all have landed or are known to be missing, or when the ranks agree that its time is up
     closed by admission, abort or reset, whichever comes first
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from hicache.fetches import Fetch
 from hicache.prefills import Prefill
 from radix import Rows
 
@@ -31,4 +32,17 @@ class Ticket:
 
     rows: Rows
     prefill: Prefill
+    fetch: Fetch | None = None
+    """What it wants from a lower tier. Kept when it is over."""
     verdict: Verdict = Verdict.GO
+
+    @property
+    def is_fetching(self) -> bool:
+        return self.fetch is not None and not self.fetch.is_over
+
+    @property
+    def fetched(self) -> tuple[int, int]:
+        """The half-open range of pages, counted from the root, that its fetch has brought into host memory so far."""
+        if self.fetch is None:
+            return 0, 0
+        return self.fetch.start, self.fetch.start + self.fetch.n_landed

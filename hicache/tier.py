@@ -20,14 +20,17 @@ What every tier promises:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from radix import KEY_NBYTES
+
+ROOT_KEY = bytes(KEY_NBYTES)
+"""Stands for the root where a parent's key is expected."""
 
 
 class TierError(Exception):
@@ -64,6 +67,28 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    @classmethod
+    def below(cls, parent: bytes | None, keys: bytes, slots: NDArray[np.int32], depth: int) -> Batch:
+        """The run `keys` below the page `parent` (None: the root), of no tenant in particular."""
+        parents = ((parent or ROOT_KEY) + keys)[: len(keys)]
+        return cls(keys, parents, "", slots, depth)
+
+
+def batches(run: Batch, n_pages: int) -> Iterator[tuple[int, Batch]]:
+    """`run` in batches of at most n_pages, in path order, each with where it ends in the run."""
+    for start in range(0, len(run), n_pages):
+        end = min(start + n_pages, len(run))
+        keys = slice(start * KEY_NBYTES, end * KEY_NBYTES)
+        yield end, Batch(run.keys[keys], run.parents[keys], run.tenant, run.slots[start:end], run.depth + start)
+
+
+def answer_of(future: Future[int]) -> int:
+    """The answer of a call that is done: 0 if the tier has failed, which it has counted and reported itself."""
+    try:
+        return future.result(timeout=0)
+    except (TierError, CancelledError):
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,11 +27,11 @@ from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, EvictPara
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_serving
 
-from hicache import Engine, Prefill, Ticket
+from hicache import UNKNOWN, Engine, Prefill, Ticket
 from sgl_lmcache.keys import to_blob
 from sgl_lmcache.linker import Linker
 from sgl_lmcache.namespace import Namespace
-from sgl_lmcache.ranks import UNKNOWN, OneRank, Ranks
+from sgl_lmcache.ranks import OneRank, Ranks
 from sgl_lmcache.wrapper import TieredLinkerWrapper
 
 if TYPE_CHECKING:
@@ -122,27 +122,25 @@ class TieredRadixCache(UnifiedRadixCache):
         if self.linker is None:
             return
         self._engine.tick()
-        if self.linker.cache_linker.is_copying or self._engine.n_waiting or self._engine.has_decided:
+        if self.linker.cache_linker.is_copying or self._engine.is_pending:
             self._agree()
-            self._engine.poll_tickets()
 
     def _agree(self) -> None:
         """One reduction: learn what has ended on every rank and whose time is up, and act on it."""
         assert self.linker is not None
         linker, engine = self.linker.cache_linker, self._engine
         mine = linker.progress()
-        overdue = engine.n_overdue() if self._ranks.is_first else (UNKNOWN, UNKNOWN)
         digest = engine.digest % UNKNOWN
-        seen = (mine.n_ended, mine.n_landed, mine.n_restored, *overdue, digest, -digest)
-        n_ended, n_landed, n_restored, n_arriving, n_following, lowest, highest = self._ranks.minimum(seen)
-        engine.has_decided = False
+        report = engine.report(decides=self._ranks.is_first)
+        seen = (digest, -digest, mine.n_ended, mine.n_landed, mine.n_restored, *report)
+        lowest, highest, n_ended, n_landed, n_restored, *agreed = self._ranks.minimum(seen)
         if lowest != -highest:
             self._stand_down()
             return
         # A write-back that has ended everywhere, but not well everywhere, has failed.
         self.linker.acknowledge(n_landed=n_landed, n_failed=int(n_ended > n_landed))
         linker.end_restores(n_restored)
-        engine.expire(n_arriving, n_following)
+        engine.follow(agreed)
 
     def _stand_down(self) -> None:
         """The ranks have taken different decisions, so there is a fault of ours: stop before it does harm.
@@ -157,7 +155,7 @@ class TieredRadixCache(UnifiedRadixCache):
         mine = linker.progress()
         self.linker.acknowledge(n_landed=0, n_failed=mine.n_ended)
         linker.end_restores(mine.n_restored)
-        self._engine.taint()
+        self._engine.stand_down()
 
     def ready_to_load_host_cache(self) -> int:
         return -1 if self.linker is None else self.linker.start_layer_wise_loading()

@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.runtime_context import get_context, get_lora, get_parallel
 
-from hicache import Engine
+from hicache import UNKNOWN, Engine
 from radix import HOST, Index
 from sgl_lmcache import BACKEND
 from sgl_lmcache.cache import TieredRadixCache
@@ -34,7 +34,7 @@ from sgl_lmcache.linker import Linker
 from sgl_lmcache.memory import host_capacity
 from sgl_lmcache.namespace import Namespace, adapters_identity, model_identity, scales_identity
 from sgl_lmcache.pool import describe_pool
-from sgl_lmcache.ranks import UNKNOWN, Ranks, ranks_of
+from sgl_lmcache.ranks import Ranks, ranks_of
 from sgl_lmcache.refusals import refuse_unsupported
 from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout

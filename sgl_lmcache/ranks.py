@@ -17,9 +17,6 @@ from typing import Protocol
 import torch
 import torch.distributed
 
-UNKNOWN = 2**62
-"""What a rank says of a thing that is another's to know: no minimum is greater."""
-
 
 class Ranks(Protocol):
     """All ranks call these in the same order, from their scheduler threads."""

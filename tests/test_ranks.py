@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
-from sgl_lmcache.ranks import UNKNOWN, GroupRanks, OneRank, ranks_of
+from hicache import UNKNOWN
+from sgl_lmcache.ranks import GroupRanks, OneRank, ranks_of
 
 N_RANKS = 3
 

@@ -15,15 +15,22 @@ Int32Array = npt.NDArray[np.int32]
 
 
 class SlotAllocator:
-    """Hands out the slots `0 .. n_slots`. Not thread-safe. Raises `ValueError` for a number of slots below 1."""
+    """Hands out the slots `0 .. n_slots`. Not thread-safe. Raises `ValueError` for a number of slots below 1.
 
-    def __init__(self, n_slots: int) -> None:
+    taken: slots that somebody has already, each once.
+    """
+
+    def __init__(self, n_slots: int, taken: npt.NDArray[np.integer] | None = None) -> None:
         if n_slots < 1:
             raise ValueError(f"n_slots must be at least 1, not {n_slots}.")
         self.n_slots = n_slots
-        self._stack = np.arange(n_slots - 1, -1, -1, dtype=np.int32)
         self._is_free = np.ones(n_slots, dtype=np.bool_)
-        self._n_free = n_slots
+        if taken is not None:
+            self._is_free[taken] = False
+        free = np.flatnonzero(self._is_free).astype(np.int32)
+        self._n_free = len(free)
+        self._stack = np.zeros(n_slots, dtype=np.int32)
+        self._stack[: self._n_free] = free[::-1]
 
     @property
     def n_free(self) -> int:

@@ -18,8 +18,7 @@ def make_engine(n_slots: int, clock: Clock, *, max_leased_share: float = 1.0) ->
 
 def poll(engine: Engine, ticket: Ticket) -> Verdict:
     """What one rank alone decides about a ticket."""
-    engine.expire(*engine.n_overdue())
-    engine.poll_tickets()
+    engine.follow(engine.report(decides=True))
     return ticket.verdict
 
 
@@ -305,10 +304,10 @@ def test_a_deadline_passes_when_the_ranks_have_agreed_and_not_by_the_clock(clock
     ticket = engine.open_ticket(keys, None)
     assert engine.n_waiting == 1
     clock.now_s = 5.0
-    assert engine.n_overdue() == (1, 0)
+    assert engine.report(decides=True) == [1, 0]
     engine.poll_tickets()
     assert not engine.admit(ticket), "another rank's clock may say otherwise"
-    engine.expire(1, 0)
+    engine.follow([1, 0])
     assert engine.n_waiting == 0
     assert engine.admit(ticket)
     assert engine.stats.tickets_expired == 1
@@ -318,7 +317,7 @@ def test_expiry_is_in_the_order_of_arrival(clock: Clock) -> None:
     engine = make_engine(8, clock)
     first = engine.open_ticket(incoming(engine, "ab")[0], None)
     second = engine.open_ticket(incoming(engine, "cd")[0], None)
-    engine.expire(1, 0)
+    engine.follow([1, 0])
     assert (first.verdict, second.verdict) == (Verdict.GO, Verdict.WAIT)
 
 
@@ -346,8 +345,8 @@ def test_a_follower_whose_time_is_up_computes(clock: Clock) -> None:
     engine.launch(leader)
     assert not engine.admit(follower)
     clock.now_s = FOLLOW_TIMEOUT_S
-    assert engine.n_overdue() == (0, 1)
-    engine.expire(0, 1)
+    assert engine.report(decides=True) == [0, 1]
+    engine.follow([0, 1])
     assert engine.admit(follower)
     assert engine.stats.followers_expired == 1
 

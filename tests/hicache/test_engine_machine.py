@@ -1,24 +1,26 @@
-"""The engine against a plain model: real bytes in a dictionary for HBM, a list for the slab, copies that end late.
+"""The engine against a plain model: real bytes in a slab, copies that end late, a tier that answers late or never.
 
-The model never asks the engine where a page is. It writes each offered page's content into the slot it was told to,
-when the copy ends, and it checks that every page the engine promises has the right content in its slot from the
-promise to the end of the restore, whatever happened in between.
+The model never asks the engine where a page is. A page's bytes are its key. It writes each offered page into the slot
+it was told to, when the copy ends; the tier reads and writes the same slab when the machine lets it. And it checks that
+every page the engine promises has the right bytes in its slot from the promise to the end of the restore, whatever
+happened in between.
 """
 
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import numpy as np
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from hicache import Engine, Offload, Restore, Ticket, Verdict
 from radix import HOST, Index, State
+from tests.support.clock import Clock
 from tests.support.keys import path_keys
-from tests.support.tiers import split
+from tests.support.tiers import FaultyTier, MemoryTier, split
 
 # Few distinct pages and short paths, so that prefixes are shared, split and evicted all the time.
-PATHS = st.lists(st.sampled_from("abc"), min_size=1, max_size=7).map("".join)
-N_SLOTS = 9
+PATHS = st.sampled_from(["a", "ab", "aba", "abab", "ababc", "abac", "abc", "abca", "abcabca", "b", "ba", "bac", "bacb"])
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -26,12 +28,28 @@ class EngineMachine(RuleBasedStateMachine):
     restores = Bundle("restores")
     tickets = Bundle("tickets")
 
-    @initialize(n_slots=st.integers(1, N_SLOTS), share=st.sampled_from([0.0, 0.5, 1.0]))
-    def start(self, n_slots: int, share: float) -> None:
-        self.now_s = 0.0
-        self.engine = Engine(Index(64), n_slots, clock=lambda: self.now_s, ticket_timeout_s=2.0, max_leased_share=share)
+    @initialize(
+        n_slots=st.sampled_from([1, 2, 3, 5, 9, 16]),
+        share=st.sampled_from([0.0, 0.5, 1.0]),
+        n_below=st.sampled_from([None, 0, 4, 1000, 1000, 1000]),
+        batch_pages=st.integers(1, 3),
+    )
+    def start(self, n_slots: int, share: float, n_below: int | None, batch_pages: int) -> None:
+        self.clock = Clock()
         self.n_slots = n_slots
-        self.slab: list[bytes | None] = [None] * n_slots
+        self.slab = np.zeros((n_slots, 32), dtype=np.uint8)
+        self.tier = None if n_below is None else FaultyTier(MemoryTier(self.slab, n_below))
+        if self.tier is not None:
+            self.tier.hold()
+        self.engine = Engine(
+            Index(64),
+            n_slots,
+            clock=self.clock,
+            ticket_timeout_s=2.0,
+            max_leased_share=share,
+            tier=self.tier,
+            batch_pages=batch_pages,
+        )
         self.landed: set[bytes] = set()
         self.n_open = 0
         self.promised: bytes = b""
@@ -56,11 +74,29 @@ class EngineMachine(RuleBasedStateMachine):
     def finish_offload(self, offload: tuple[Offload, list[bytes]], landed: bool) -> None:
         plan, keys = offload
         for slot, key in zip(plan.slots, keys, strict=True):
-            self.slab[slot] = key
+            self.slab[slot] = np.frombuffer(key, np.uint8)
         self.engine.finish_offload(plan, landed=landed)
         self.n_open -= 1
         if landed:
             self.landed.update(keys)
+
+    @rule(path=PATHS)
+    def write_through(self, path: str) -> None:
+        """Down to the tier, in one go."""
+        keys = path_keys(path)
+        offload = self.engine.begin_offload(keys)
+        self.promised = b""
+        if offload is not None:
+            self.n_open += 1
+            self.finish_offload((offload, [split(keys)[position] for position in offload.positions]), landed=True)
+            self.everything_below_ends()
+
+    @rule()
+    def everything_below_ends(self) -> None:
+        for _ in range(3):
+            if self.tier is not None:
+                self.tier.release(self.tier.n_held)
+            self.agree()
 
     @rule(path=PATHS)
     def lookup(self, path: str) -> None:
@@ -80,10 +116,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.n_open += 1
         return [restore, split(keys)]
 
+    @rule(target=restores, path=PATHS)
+    def lookup_and_begin_restore(self, path: str) -> object:
+        self.lookup(path)
+        return self.begin_restore_what_was_promised_in_this_tick()
+
     @rule(restore=consumes(restores), copied=st.booleans())
     def finish_restore(self, restore: tuple[Restore, list[bytes]], copied: bool) -> None:
         plan, keys = restore
-        assert [self.slab[slot] for slot in plan.slots] == keys, "a leased slot was given away"
+        assert [self.slab[slot].tobytes() for slot in plan.slots] == keys, "a leased slot was given away"
         self.engine.finish_restore(plan, copied=copied)
         self.n_open -= 1
 
@@ -92,15 +133,40 @@ class EngineMachine(RuleBasedStateMachine):
         keys = path_keys(path)
         n_parent = min(n_parent, len(path))
         parent = keys[32 * (n_parent - 1) : 32 * n_parent] if n_parent else None
-        return self.engine.open_ticket(keys[32 * n_parent :], parent)
+        return [self.engine.open_ticket(keys[32 * n_parent :], parent), keys]
 
     @rule(ticket=consumes(tickets))
-    def close_ticket(self, ticket: Ticket) -> None:
-        self.engine.expire(*self.engine.n_overdue())
-        self.engine.poll_tickets()
-        if self.n_open == 0:
-            assert ticket.verdict is Verdict.GO
-        self.engine.close_ticket(ticket)
+    def close_ticket(self, ticket: tuple[Ticket, bytes]) -> None:
+        opened, keys = ticket
+        self.agree()
+        if self.n_open == 0 and not opened.is_fetching and self.engine.below is None:
+            assert opened.verdict is Verdict.GO
+        if opened in self.engine._tickets:
+            self._check_what_was_fetched(opened, keys)
+            self.engine.close_ticket(opened)
+
+    def _check_what_was_fetched(self, ticket: Ticket, keys: bytes) -> None:
+        """While its ticket is open and holds leases, what has come for it stays."""
+        start, end = ticket.fetched
+        if ticket.verdict is Verdict.GO and end > start and len(ticket.rows) >= end and not self.engine.tainted:
+            rows = self.engine.index.match(keys)[:end]
+            assert (self.engine.index.states(rows, HOST) != State.ABSENT).all()
+
+    @rule()
+    def agree(self) -> None:
+        """One rank's agreement with itself, as the cache makes it once an iteration."""
+        self.engine.follow(self.engine.report(decides=True))
+
+    @rule(n_calls=st.integers(1, 8), n_failing=st.sampled_from([0, 0, 0, 0, 1]))
+    def the_tier_answers(self, n_calls: int, n_failing: int) -> None:
+        if self.tier is not None:
+            self.tier.fail_next(n_failing)
+            self.tier.release(min(n_calls, self.tier.n_held))
+
+    @rule(path=PATHS)
+    def the_tier_forgets(self, path: str) -> None:
+        if self.tier is not None:
+            self.tier._inner.delete(path_keys(path)[-32:])
 
     @rule(path=PATHS, n_kept=st.integers(0, 6))
     def hbm_evicts(self, path: str, n_kept: int) -> None:
@@ -113,8 +179,32 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def tick(self) -> None:
         self.engine.tick()
-        self.now_s += 1.0
+        self.clock.now_s += 1.0
         self.promised = b""
+
+    @rule(what=st.sampled_from(["nothing", "nothing", "nothing", "taint", "reset", "reset"]))
+    def taint_or_reset_while_the_tier_still_reads_and_writes(self, what: str) -> None:
+        if what == "taint":
+            self.engine.taint()
+            self.promised = b""
+        if what == "reset" and self.n_open == 0:
+            self.engine.reset()
+            self.promised = b""
+
+    @rule(target=tickets, path=PATHS, n_steps=st.integers(0, 3), fails=st.sampled_from([False, False, True]))
+    def everything_leaves_and_somebody_asks_for_it(self, path: str, n_steps: int, fails: bool) -> object:
+        self.hbm_evicts("abcabca", 0)
+        self.hbm_evicts("bacb", 0)
+        if self.n_open == 0:
+            self.engine.reset()
+            self.promised = b""
+        ticket = self.open_ticket(path, 0)
+        for number in range(n_steps):
+            if self.tier is not None:
+                self.tier.fail_next(int(fails and number == 1))
+                self.tier.release(min(self.tier.n_held, 1))
+            self.agree()
+        return ticket
 
     @invariant()
     def slots_are_conserved_and_hold_what_the_index_says(self) -> None:
@@ -128,13 +218,14 @@ class EngineMachine(RuleBasedStateMachine):
                 continue
             rows = index.path(row)[-1:]
             if index.states(rows, HOST)[0] == State.RESIDENT:
-                assert self.slab[index.slots(rows)[0]] == key
+                assert self.slab[index.slots(rows)[0]].tobytes() == key
 
     def teardown(self) -> None:
         if hasattr(self, "engine") and self.n_open == 0:
             self.engine.reset()
+            self.engine.close()
             assert self.engine.host.n_free == self.n_slots
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestEngineMachine.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)

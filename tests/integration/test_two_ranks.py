@@ -56,9 +56,7 @@ class TwoRanks:
             ranks=self.ranks[rank],
             make_copies=SteppedCopies,
         )
-        self.ranks[rank].may_ask = lambda: (
-            real.linker.is_copying or real.engine.n_waiting > 0 or real.engine.has_decided
-        )
+        self.ranks[rank].may_ask = lambda: real.linker.is_copying or real.engine.is_pending
         real.cache._all_reduce_attn_groups = partial(self._sglang_reduces, rank)
         assert isinstance(real.copies, SteppedCopies)
         return Scheduler(real, real.copies)

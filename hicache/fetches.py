@@ -1,0 +1,260 @@
+"""Pages on their way up: what waiting requests lack in host memory, and a lower tier may have.
+
+A fetch goes through two lines, each in the order in which requests arrived:
+
+    probing    the tier has been asked how many of the pages it holds; nothing is reserved yet
+    loading    slots are taken and leased, their pages INCOMING, and the tier fills them
+
+The answers come from threads and disks, so each rank of a server sees them at another time, and a disk may answer one
+rank less than another. Nothing follows from them here. A rank reports what it sees of the head of both lines as pairs
+of numbers, (settled, good); the minimum of each over the ranks is what all of them follow. So every rank starts the
+same fetches at the same call, in the same slots, and takes the same pages as landed. The lines change by calls that all
+ranks make, so a pair means the same fetch on all of them.
+
+Two fetches never load one page: a page that is INCOMING is held, and a fetch starts behind what is held. It starts
+below a page that is resident only, so that what has landed can be reached from the root.
+
+Slots that a disk may still write are nobody's until it is done, whatever has happened to their pages: `detach` leaves
+them with their fetch, which gives them back when the tier says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from hicache.host import HostTier, Slots
+from hicache.stats import Stats
+from hicache.tier import Batch, Tier, answer_of, batches
+from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
+
+N_REPORTED = 8
+"""Of each line the first so many are reported; of the second, there are no more."""
+
+REPORT_SIZE = 2 * 2 * N_REPORTED
+"""Numbers in a report: a pair for each place in both lines."""
+
+NO_ROWS: Rows = np.empty(0, dtype=np.int32)
+
+
+@dataclass(slots=True, eq=False)
+class Fetch:
+    """One request's fetch. `keys`: pages in path order below the page `parent` (None: the root). Belongs to `Fetches`.
+
+    Once it is loading, `rows` are what is loaded: a run that begins at page `start`, counted from the root.
+    """
+
+    keys: bytes
+    parent: bytes | None
+    depth: int
+    """How many pages lie above the first of `keys`."""
+    n_in_hbm: int
+    """How many of the first pages HBM has now: not worth a fetch by themselves."""
+    probe: Future[int]
+    start: int = 0
+    rows: Rows = field(default_factory=lambda: NO_ROWS)
+    slots: Slots = field(default_factory=lambda: NO_ROWS)
+    loads: Sequence[tuple[int, Future[int]]] = ()
+    """Of each batch, where it ends in `rows`, and the tier's answer."""
+    n_landed: int = 0
+    is_over: bool = False
+    is_detached: bool = False
+    _n_seen: int = 0
+    _n_settled: int = 0
+    _n_good: int = 0
+
+    def seen(self) -> tuple[int, int]:
+        """Of the pages that are loaded: how many, from the first, the tier has ended with, and how many are good."""
+        while self._n_seen < len(self.loads) and self.loads[self._n_seen][1].done():
+            end, future = self.loads[self._n_seen]
+            if self._n_good == self._n_settled:
+                self._n_good += answer_of(future)
+            self._n_settled = end
+            self._n_seen += 1
+        return self._n_settled, self._n_good
+
+
+class Fetches:
+    """See the module's text. One thread, that of the engine.
+
+    max_pages: how many slots may be on their way up at a time. batch_pages: the most that one call of the tier loads.
+    """
+
+    def __init__(
+        self, tier: Tier, index: Index, host: HostTier, stats: Stats, *, max_pages: int, batch_pages: int
+    ) -> None:
+        self.tier = tier
+        self._index = index
+        self._host = host
+        self._stats = stats
+        self._max_pages = max(1, max_pages)
+        self._batch_pages = batch_pages
+        self._probing: dict[Fetch, None] = {}
+        self._loading: dict[Fetch, None] = {}
+        self._n_loading_pages = 0
+
+    def __len__(self) -> int:
+        return len(self._probing) + len(self._loading)
+
+    def open(self, keys: bytes, parent: bytes | None, depth: int, n_in_hbm: int) -> Fetch:
+        """Ask the tier for these pages. The fetch `is_over` when there is nothing more to wait for."""
+        fetch = Fetch(keys, parent, depth, n_in_hbm, self.tier.exists(keys))
+        self._probing[fetch] = None
+        return fetch
+
+    def drop(self, fetch: Fetch) -> None:
+        """Nobody waits for it any more: forget it, unless it is loading, which others may profit from."""
+        if fetch in self._probing:
+            self._end(fetch)
+
+    def drop_all(self) -> None:
+        for fetch in tuple(self._probing):
+            self._end(fetch)
+
+    # ---- what ranks agree on ----
+
+    def report(self, is_worth: Callable[[Fetch, int], bool]) -> list[int]:
+        """What this rank sees, as `REPORT_SIZE` numbers. Never blocks.
+
+        is_worth: whether a fetch of so many pages should be made; the rank that decides says so by what it has found.
+        """
+        probes = [_seen_of_probe(fetch, is_worth) for fetch in islice(self._probing, N_REPORTED)]
+        loads = [fetch.seen() for fetch in self._loading]
+        numbers: list[int] = []
+        for line in (probes, loads):
+            padded = line + [(0, 0)] * (N_REPORTED - len(line))
+            numbers.extend(number for pair in padded for number in pair)
+        return numbers
+
+    def follow(self, agreed: Sequence[int]) -> list[Fetch]:
+        """Act on the minima over all ranks of their reports. Returns the fetches that have started to load."""
+        pairs = list(zip(agreed[::2], agreed[1::2], strict=True))
+        for fetch, (n_settled, n_good) in zip(tuple(self._loading), pairs[N_REPORTED:], strict=False):
+            self._advance(fetch, n_settled, n_good)
+        probed = zip(tuple(self._probing), pairs[:N_REPORTED], strict=False)
+        return [fetch for fetch, (settled, n_found) in probed if settled and self._try_start(fetch, n_found)]
+
+    def futures(self) -> list[Future[int]]:
+        """Of the loads that are under way."""
+        return [future for fetch in self._loading for _, future in fetch.loads]
+
+    def settle(self) -> bool:
+        """End by this rank's own knowledge what the tier has ended. Returns whether that is everything."""
+        self.drop_all()
+        for fetch in tuple(self._loading):
+            self._advance(fetch, *fetch.seen())
+        return not self._loading
+
+    # ---- a fetch ----
+
+    def _try_start(self, fetch: Fetch, n_found: int) -> bool:
+        """Start a fetch of which the tier has `n_found` pages, or end it, or leave it in line until there is room."""
+        rows = self._index.match(fetch.keys[: n_found * KEY_NBYTES])
+        is_held = self._host.held(rows)
+        n_held = true_prefix(is_held)
+        above = self._row_above(fetch, rows[:n_held])
+        if n_found <= max(n_held, fetch.n_in_hbm) or above is None:
+            self._end(fetch)
+            return False
+        n_pages = min(n_found - n_held, self._max_pages)
+        if self._is_arriving(above) or not self._has_room(n_pages):
+            return False
+        held_again = np.flatnonzero(is_held[n_held:])
+        return self._start(fetch, n_held, min([n_pages, *held_again[:1].tolist()]), above)
+
+    def _is_arriving(self, row: int) -> bool:
+        return row != ROOT and bool(self._index.states(np.array([row], np.int32), HOST)[0] == State.INCOMING)
+
+    def _has_room(self, n_pages: int) -> bool:
+        if not self._loading:
+            return True
+        return len(self._loading) < N_REPORTED and n_pages <= self._max_pages - self._n_loading_pages
+
+    def _row_above(self, fetch: Fetch, held: Rows) -> int | None:
+        """The row below which loading would begin; None if it is not in host memory."""
+        if len(held):
+            return int(held[-1])
+        if fetch.parent is None:
+            return ROOT
+        row = self._index.row_of(fetch.parent)
+        return row if row is not None and self._host.held(np.array([row], np.int32))[0] else None
+
+    def _start(self, fetch: Fetch, first: int, n_pages: int, above_row: int) -> bool:
+        """Take slots for pages `first` to `first + n_pages` of the fetch, as far as there are any; have them filled."""
+        keys = fetch.keys[first * KEY_NBYTES : (first + n_pages) * KEY_NBYTES]
+        above = fetch.keys[(first - 1) * KEY_NBYTES : first * KEY_NBYTES] if first else fetch.parent
+        try:
+            rows = self._index.insert(keys, above_row)
+        except IndexFull:
+            self._end(fetch)
+            return False
+        self._index.touch_path(int(rows[-1]))  # what lies above must not make room for what lies below
+        self._index.lease(rows)
+        admitted = self._host.admit(rows)
+        self._index.release(rows[len(admitted) :])
+        if not len(admitted):
+            self._end(fetch)
+            return False
+        del self._probing[fetch]
+        self._loading[fetch] = None
+        self._n_loading_pages += len(admitted)
+        fetch.start = fetch.depth + first
+        fetch.rows, fetch.slots = admitted, self._host.slots(admitted)
+        run = Batch.below(above, keys[: len(admitted) * KEY_NBYTES], fetch.slots, fetch.start)
+        fetch.loads = [(end, self.tier.load(batch)) for end, batch in batches(run, self._batch_pages)]
+        return True
+
+    def _advance(self, fetch: Fetch, n_settled: int, n_good: int) -> None:
+        if not fetch.is_detached and n_good > fetch.n_landed:
+            self._host.land(fetch.rows[fetch.n_landed : n_good], stored_below=True)
+            self._stats.fetched += n_good - fetch.n_landed
+            fetch.n_landed = n_good
+        if n_settled < len(fetch.slots):
+            return
+        if fetch.is_detached:
+            self._host.end_lingering(fetch.slots)
+        else:
+            self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
+            self._host.abandon(fetch.rows[fetch.n_landed :])
+            self._index.release(fetch.rows)
+        self._n_loading_pages -= len(fetch.slots)
+        self._end(fetch)
+
+    def _end(self, fetch: Fetch) -> None:
+        self._probing.pop(fetch, None)
+        self._loading.pop(fetch, None)
+        fetch.is_over = True
+
+    # ---- life ----
+
+    def detach(self) -> Slots:
+        """The pages of all fetches are dropped. Returns the slots that the tier may still write; they stay theirs."""
+        self.drop_all()
+        for fetch in self._loading:
+            if not fetch.is_detached:
+                self._index.abort(fetch.rows[fetch.n_landed :], HOST)
+                self._index.release(fetch.rows)
+                fetch.is_detached = True
+        return np.concatenate([NO_ROWS, *(fetch.slots for fetch in self._loading)])
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError that names what is broken."""
+        n_pages = sum(len(fetch.slots) for fetch in self._loading)
+        assert n_pages == self._n_loading_pages, f"{n_pages} pages are loading, counted {self._n_loading_pages}"
+        assert len(self._loading) <= N_REPORTED, "more fetches are loading than can be reported"
+
+
+def _seen_of_probe(fetch: Fetch, is_worth: Callable[[Fetch, int], bool]) -> tuple[int, int]:
+    if not fetch.probe.done():
+        return 0, 0
+    n_found = answer_of(fetch.probe)
+    return 1, n_found if n_found and is_worth(fetch, n_found) else 0
+
+
+def true_prefix(flags: np.ndarray) -> int:
+    """How many flags are set before the first that is not."""
+    return len(flags) if flags.all() else int(flags.argmin())

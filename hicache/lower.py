@@ -1,0 +1,101 @@
+"""The tier below host memory, and what is under way between the two: fetches up, spills down.
+
+What one rank alone can see of it goes through `report` and `follow`, like everything that ranks have to agree on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import wait
+from typing import Final
+
+from hicache.fetches import REPORT_SIZE as FETCH_REPORT_SIZE
+from hicache.fetches import Fetch, Fetches
+from hicache.host import HostTier, Slots
+from hicache.speed import PrefillSpeed
+from hicache.spills import Spills
+from hicache.stats import Stats
+from hicache.tier import Tier
+from radix import Index
+
+REPORT_SIZE: Final = 2 + FETCH_REPORT_SIZE
+"""Numbers in a report: two of the spills, then those of the fetches."""
+
+FETCH_SHARE = 0.5
+"""How much of host memory may be on its way up at a time. A disk that hangs keeps it."""
+
+SPILL_SHARE = 0.25
+"""How much may be on its way down."""
+
+
+class Lower:
+    """See the module's text. One thread, that of the engine.
+
+    batch_pages: the most that one call of the tier moves.
+    only_if_faster: fetch only what the tier is expected to load sooner than a prefill would compute it.
+    """
+
+    def __init__(
+        self,
+        tier: Tier,
+        index: Index,
+        host: HostTier,
+        stats: Stats,
+        speed: PrefillSpeed,
+        *,
+        batch_pages: int,
+        only_if_faster: bool,
+    ) -> None:
+        self.tier = tier
+        self._stats = stats
+        self._speed = speed
+        self._only_if_faster = only_if_faster
+        up, down = int(host.n_slots * FETCH_SHARE), int(host.n_slots * SPILL_SHARE)
+        self.fetches = Fetches(tier, index, host, stats, max_pages=up, batch_pages=batch_pages)
+        self.spills = Spills(tier, index, host, stats, max_pages=down, batch_pages=batch_pages)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether there is something to agree on. The same on all ranks."""
+        return bool(len(self.fetches) or len(self.spills))
+
+    def report(self, *, decides: bool) -> list[int]:
+        """`REPORT_SIZE` numbers. decides: whether this rank's measurements say what is worth a fetch. Never blocks."""
+        return [*self.spills.report(), *self.fetches.report(self._is_worth if decides else lambda fetch, n_found: True)]
+
+    def follow(self, agreed: Sequence[int]) -> list[Fetch]:
+        """Act on the minima over all ranks. Returns the fetches that have started."""
+        self.spills.follow(*agreed[:2])
+        return self.fetches.follow(agreed[2:])
+
+    def _is_worth(self, fetch: Fetch, n_found: int) -> bool:
+        if not self._only_if_faster:
+            return True
+        prefill_s = self._speed.predict(fetch.depth + fetch.n_in_hbm, fetch.depth + n_found)
+        if prefill_s is None or self.tier.expected_load_s(n_found) <= prefill_s:
+            return True
+        self._stats.fetches_declined += 1
+        return False
+
+    # ---- life ----
+
+    def replace(self, tier: Tier) -> None:
+        """From here on another tier. What the old one has under way ends as ever."""
+        self.tier = self.fetches.tier = self.spills.tier = tier
+
+    def detach(self) -> list[Slots]:
+        """All pages are dropped. Returns the slots that the tier may still read or write."""
+        return [self.fetches.detach(), self.spills.detach()]
+
+    def settle(self, timeout_s: float) -> bool:
+        """Block until the tier has ended with everything, and end it by this rank's own knowledge.
+
+        False: after timeout_s something was still under way, and is.
+        """
+        wait([*self.fetches.futures(), *self.spills.futures()], timeout_s)
+        settled = [self.fetches.settle(), self.spills.settle()]
+        return all(settled)
+
+    def check_invariants(self) -> None:
+        self.fetches.check_invariants()
+        self.spills.check_invariants()

@@ -1,0 +1,138 @@
+"""Pages on their way down: what has landed in host memory is stored in the tier below, in the background.
+
+A spill leases its pages until the tier has ended with them, because their bytes are read straight from their slots. So
+what is pending is bounded, and beyond the bound pages are skipped and counted: the server never waits for a disk.
+
+Nothing is lost by a skip but time. A page is stored only below a parent that is stored, so each offer begins at the
+first page of its path that is not known to be below; what was skipped, or failed, goes with the next offer of its path.
+
+As copies do, spills end in their order, and are taken as ended when they have ended on every rank.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
+
+from hicache.fetches import NO_ROWS, true_prefix
+from hicache.host import HostTier, Slots
+from hicache.stats import Stats
+from hicache.tier import Batch, Tier, answer_of, batches
+from radix import HOST, Index, Rows, State
+
+
+@dataclass(slots=True, eq=False)
+class _Spill:
+    rows: Rows
+    slots: Slots
+    future: Future[int]
+    is_detached: bool = False
+
+    @property
+    def is_stored(self) -> bool:
+        return self.future.done() and answer_of(self.future) == len(self.slots)
+
+
+class Spills:
+    """See the module's text. One thread, that of the engine.
+
+    max_pages: how many slots may be on their way down at a time. batch_pages: the most that one call of the tier takes.
+    """
+
+    def __init__(
+        self, tier: Tier, index: Index, host: HostTier, stats: Stats, *, max_pages: int, batch_pages: int
+    ) -> None:
+        self.tier = tier
+        self._index = index
+        self._host = host
+        self._stats = stats
+        self._max_pages = max(1, max_pages)
+        self._batch_pages = batch_pages
+        self._line: deque[_Spill] = deque()
+        self._n_pages = 0
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def offer(self, row: int) -> None:
+        """The path to this page is in host memory: store what of it is not below yet, as far as there is room."""
+        path = self._index.path(row)
+        path = path[: true_prefix(self._index.states(path, HOST) == State.RESIDENT)]
+        first = true_prefix(self._host.is_stored_below(path))
+        rows = path[first:]
+        if not len(rows):
+            return
+        room = min(len(rows), self._max_pages - self._n_pages)
+        self._stats.spill_skipped += len(rows) - room
+        for spill in self._store(rows[:room], path[first - 1 : first], depth=first):
+            self._line.append(spill)
+
+    def _store(self, rows: Rows, above: Rows, depth: int) -> Iterator[_Spill]:
+        self._index.lease(rows)
+        self._n_pages += len(rows)
+        self._host.mark_stored_below(rows, True)
+        parent = self._index.keys_of(above) if len(above) else None
+        run = Batch.below(parent, self._index.keys_of(rows), self._host.slots(rows), depth)
+        start = 0
+        for end, batch in batches(run, self._batch_pages):
+            yield _Spill(rows[start:end], batch.slots, self.tier.store(batch))
+            start = end
+
+    # ---- what ranks agree on ----
+
+    def report(self) -> tuple[int, int]:
+        """Of the spills at the head of the line: how many have ended on this rank, and how many well. Never blocks."""
+        n_ended = sum(1 for _ in takewhile(lambda spill: spill.future.done(), self._line))
+        n_stored = sum(1 for _ in takewhile(lambda spill: spill.is_stored, self._line))
+        return n_ended, n_stored
+
+    def follow(self, n_ended: int, n_stored: int) -> None:
+        """Act on the minima over all ranks. A spill that has ended, but not well everywhere, has failed."""
+        for _ in range(n_stored):
+            self._end(is_stored=True)
+        if n_ended > n_stored:
+            self._end(is_stored=False)
+
+    def futures(self) -> list[Future[int]]:
+        """Of the stores that are under way."""
+        return [spill.future for spill in self._line]
+
+    def settle(self) -> bool:
+        """End by this rank's own knowledge what the tier has ended. Returns whether that is everything."""
+        while self._line and self._line[0].future.done():
+            self._end(is_stored=self._line[0].is_stored)
+        return not self._line
+
+    def _end(self, *, is_stored: bool) -> None:
+        spill = self._line.popleft()
+        self._n_pages -= len(spill.slots)
+        if is_stored:
+            self._stats.spilled += len(spill.slots)
+        else:
+            self._stats.spill_failed += len(spill.slots)
+        if spill.is_detached:
+            self._host.end_lingering(spill.slots)
+            return
+        if not is_stored:
+            self._host.mark_stored_below(spill.rows, False)
+        self._index.release(spill.rows)
+
+    # ---- life ----
+
+    def detach(self) -> Slots:
+        """The pages of all spills are dropped. Returns the slots that the tier may still read; they stay theirs."""
+        for spill in self._line:
+            if not spill.is_detached:
+                self._index.release(spill.rows)
+                spill.is_detached = True
+        return np.concatenate([NO_ROWS, *(spill.slots for spill in self._line)])
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError that names what is broken."""
+        n_pages = sum(len(spill.slots) for spill in self._line)
+        assert n_pages == self._n_pages, f"{n_pages} pages are being spilled, counted {self._n_pages}"
