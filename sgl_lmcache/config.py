@@ -18,7 +18,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,7 +39,7 @@ import from here."""
 
 PrefetchPolicy = Literal["auto", "wait", "best_effort"]
 
-LATER_TIERS = ("ssd", "valkey", "mooncake")
+LATER_TIERS = ("valkey", "mooncake")
 """Tiers that later versions have; named so that asking for one is answered plainly."""
 
 _BINARY_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
@@ -81,6 +81,16 @@ class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     eviction: Eviction | None = None
 
 
+class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="ssd"):
+    """A store in the folder `path`, below host memory. `capacity` bounds the whole folder, for all ranks of a server on
+    this node and across restarts. `write` says when pages go there; `through`: as soon as they are in host memory."""
+
+    path: str
+    capacity: Nbytes
+    write: Literal["through"] = "through"
+    eviction: Eviction | None = None
+
+
 class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long a waiting request lets its pages be fetched. `timeout` bounds the wait of every policy."""
 
@@ -92,15 +102,20 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A whole configuration. `tiers` are ordered fastest first, and the first is the host tier."""
 
     namespace: str = "default"
-    tiers: tuple[HostTier, ...] = (HostTier(),)
+    tiers: tuple[HostTier | SsdTier, ...] = (HostTier(),)
     eviction: Eviction = "lru"
     prefetch: Prefetch = Prefetch()
 
     @property
     def host(self) -> HostTier:
-        return self.tiers[0]
+        (host,) = (tier for tier in self.tiers if isinstance(tier, HostTier))
+        return host
 
-    def eviction_of(self, tier: HostTier) -> Eviction:
+    @property
+    def ssd(self) -> SsdTier | None:
+        return next((tier for tier in self.tiers if isinstance(tier, SsdTier)), None)
+
+    def eviction_of(self, tier: HostTier | SsdTier) -> Eviction:
         """The tier's own policy, or else the one for every tier."""
         return tier.eviction or self.eviction
 
@@ -184,8 +199,6 @@ def _describe_yaml_error(error: yaml.YAMLError | ValueError) -> str:
 def _check_names(value: Any, expected: inspect.Type, key: str) -> None:
     """Raise for the first key or word that `expected` does not know. Values of another shape are left to `_convert`."""
     if isinstance(expected, inspect.StructType) and isinstance(value, dict):
-        if expected.tag_field is not None:
-            _check_tier_type(value, expected.tag_field, key)
         fields = {field.encode_name: field.type for field in expected.fields}
         for name, item in value.items():
             if name != expected.tag_field:
@@ -197,22 +210,28 @@ def _check_names(value: Any, expected: inspect.Type, key: str) -> None:
         for position, item in enumerate(value):
             _check_names(item, expected.item_type, f"{key}[{position}]")
     elif isinstance(expected, inspect.UnionType) and value is not None:
-        for member in expected.types:
+        tagged = [member for member in expected.types if isinstance(member, inspect.StructType)]
+        members = [_tier_of(value, tagged, key)] if tagged and isinstance(value, dict) else expected.types
+        for member in members:
             _check_names(value, member, key)
     elif isinstance(expected, inspect.LiteralType) and value not in expected.values:
         known_words = tuple(str(word) for word in expected.values)
         raise _KeyedError(key, f"is {_quote(value)}, which is not a choice; {_advise(value, known_words)}")
 
 
-def _check_tier_type(tier: Mapping[Any, Any], tag_field: str, key: str) -> None:
-    available = "available: host"
-    if tag_field not in tier:
+def _tier_of(value: Mapping[Any, Any], tiers: Sequence[inspect.StructType], key: str) -> inspect.StructType:
+    """The tier that a mapping says it is, of those there are. Raises if it says none or another."""
+    by_name = {str(tier.tag): tier for tier in tiers}
+    tag_field = str(tiers[0].tag_field)
+    available = f"available: {', '.join(by_name)}"
+    if tag_field not in value:
         raise _KeyedError(key, f"does not say which tier it is; give it a {tag_field} ({available})")
-    named = tier[tag_field]
-    if named in LATER_TIERS:
+    named = value[tag_field]
+    if isinstance(named, str) and named in LATER_TIERS:
         raise _KeyedError(_join(key, tag_field), f"is {named}, which is not available in this version; {available}")
-    if named != "host":
+    if not isinstance(named, str) or named not in by_name:
         raise _KeyedError(_join(key, tag_field), f"is {_quote(named)}, which is not a tier; {available}")
+    return by_name[named]
 
 
 def _convert(tree: Any) -> Config:
@@ -222,6 +241,9 @@ def _convert(tree: Any) -> Config:
         matched = _MSGSPEC_ERROR.fullmatch(str(error))
         assert matched is not None
         what, key = matched.groups(default="")
+        missing = re.fullmatch(r"Object missing required field `(\w+)`", what)
+        if missing is not None:
+            what = f"has no {missing[1]}, which has no default; give it one"
         mismatch = re.fullmatch(r"Expected `(\w+).*`, got `(\w+)`", what)
         if mismatch is not None:
             wanted, got = (_SHAPES.get(word, word) for word in mismatch.groups())
@@ -248,8 +270,15 @@ _SHAPES = {
 def _check_tiers(config: Config) -> None:
     if not config.tiers:
         raise _KeyedError("tiers", "is empty; the first tier has to be the host tier, `- {type: host}`")
-    if len(config.tiers) > 1:
-        raise _KeyedError("tiers[1]", "is a second host tier; add its capacity to tiers[0] and remove it")
+    if not isinstance(config.tiers[0], HostTier):
+        raise _KeyedError("tiers[0]", "is not the host tier; put `- {type: host}` before it")
+    for position, tier in enumerate(config.tiers):
+        if position and isinstance(tier, HostTier):
+            raise _KeyedError(f"tiers[{position}]", "is a second host tier; add its capacity to tiers[0] and remove it")
+        if position > 1 and isinstance(tier, SsdTier):
+            raise _KeyedError(f"tiers[{position}]", "is a second ssd tier; put both disks into one file system")
+        if isinstance(tier, SsdTier) and not Path(tier.path).is_absolute():
+            raise _KeyedError(f"tiers[{position}].path", f"is {_quote(tier.path)}; write a path that begins with /")
     if not config.namespace:
         raise _KeyedError("namespace", "is empty; give it a name or leave the key out")
 
