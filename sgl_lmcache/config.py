@@ -83,7 +83,8 @@ class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="ssd"):
     """A store in the folder `path`, below host memory. `capacity` bounds the whole folder, for all ranks of a server on
-    this node and across restarts. `write` says when pages go there; `through`: as soon as they are in host memory."""
+    this node and across restarts. `write` says when pages go there; `through`: as soon as they are in host memory.
+    `eviction` None: the policy of the whole configuration."""
 
     path: str
     capacity: Nbytes
@@ -92,14 +93,14 @@ class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 
 
 class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How long a waiting request lets its pages be fetched. `timeout` bounds the wait of every policy."""
+    """How long a waiting request lets its pages be fetched. `timeout` bounds the wait; `best_effort` has none."""
 
     policy: PrefetchPolicy = "auto"
     timeout: Seconds = Seconds(5.0)
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole configuration. `tiers` are ordered fastest first, and the first is the host tier."""
+    """A whole configuration. `tiers` are ordered fastest first: the host tier, then at most one SSD tier."""
 
     namespace: str = "default"
     tiers: tuple[HostTier | SsdTier, ...] = (HostTier(),)
@@ -113,6 +114,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def ssd(self) -> SsdTier | None:
+        """None: nothing lies below host memory."""
         return next((tier for tier in self.tiers if isinstance(tier, SsdTier)), None)
 
     def eviction_of(self, tier: HostTier | SsdTier) -> Eviction:
@@ -243,7 +245,7 @@ def _convert(tree: Any) -> Config:
         what, key = matched.groups(default="")
         missing = re.fullmatch(r"Object missing required field `(\w+)`", what)
         if missing is not None:
-            what = f"has no {missing[1]}, which has no default; give it one"
+            what = f"has no {missing[1]}, which has no default; give it one such as {_EXAMPLES[missing[1]]}"
         mismatch = re.fullmatch(r"Expected `(\w+).*`, got `(\w+)`", what)
         if mismatch is not None:
             wanted, got = (_SHAPES.get(word, word) for word in mismatch.groups())
@@ -254,6 +256,9 @@ def _convert(tree: Any) -> Config:
 
 _MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `\$\.?([^`]*)`)?", re.DOTALL)
 """What is wrong, and the key at which it is, if that is not the whole file."""
+
+_EXAMPLES = {"path": "/var/lib/sgl-lmcache", "capacity": "200GiB"}
+"""Values of the keys that have no default."""
 
 _SHAPES = {
     "object": "a mapping",
@@ -276,9 +281,14 @@ def _check_tiers(config: Config) -> None:
         if position and isinstance(tier, HostTier):
             raise _KeyedError(f"tiers[{position}]", "is a second host tier; add its capacity to tiers[0] and remove it")
         if position > 1 and isinstance(tier, SsdTier):
-            raise _KeyedError(f"tiers[{position}]", "is a second ssd tier; put both disks into one file system")
+            raise _KeyedError(
+                f"tiers[{position}]", "is a second ssd tier; remove it, or put both disks into one file system"
+            )
         if isinstance(tier, SsdTier) and not Path(tier.path).is_absolute():
-            raise _KeyedError(f"tiers[{position}].path", f"is {_quote(tier.path)}; write a path that begins with /")
+            raise _KeyedError(
+                f"tiers[{position}].path",
+                f"is {_quote(tier.path)}, which is not an absolute path; write one that begins with /",
+            )
     if not config.namespace:
         raise _KeyedError("namespace", "is empty; give it a name or leave the key out")
 
@@ -298,7 +308,7 @@ def _decode_nbytes(value: Any) -> Nbytes:
     elif isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"is {_quote(value)}, which is not a size; {example}")
     if value < 1:
-        raise ValueError("is not above 0; leave the key out to have the size chosen, or write one such as 8GiB")
+        raise ValueError("is not above 0; write a size such as 8GiB (the host tier's may be left out)")
     return Nbytes(value)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import msgspec
 import pytest
@@ -18,12 +18,14 @@ from msgspec import inspect
 from radix import POLICIES
 from sgl_lmcache.config import (
     EVICTIONS,
+    LATER_TIERS,
     VARIABLE,
     Config,
     ConfigError,
     HostTier,
     Nbytes,
     Seconds,
+    SsdTier,
     from_environment,
     load,
     parse,
@@ -53,9 +55,17 @@ def host(**keys: Any) -> HostTier:
     return parse({"tiers": [{"type": "host", **keys}]}, source="test").host
 
 
+def ssd(**keys: Any) -> SsdTier:
+    below = {"type": "ssd", "path": "/x", "capacity": "1GiB", **keys}
+    tier = parse({"tiers": [{"type": "host"}, below]}, source="test").ssd
+    assert tier is not None
+    return tier
+
+
 def test_no_file_means_defaults() -> None:
     assert load(None) == from_environment({}) == from_environment({VARIABLE: ""}) == Config()
     assert Config().host.capacity is None
+    assert Config().ssd is None
     assert Config().prefetch.timeout == 5.0
 
 
@@ -67,21 +77,29 @@ def test_an_empty_file_means_defaults(tmp_path: Path, text: str) -> None:
 def test_every_key(tmp_path: Path) -> None:
     text = """
         namespace: blue
-        tiers: [{type: host, capacity: 8GiB, eviction: lru}]
+        tiers:
+          - {type: host, capacity: 8GiB, eviction: lru}
+          - {type: ssd, path: /var/lib/sgl-lmcache, capacity: 200GiB, write: through, eviction: lru}
         eviction: lru
         prefetch: {policy: best_effort, timeout: 500ms}
         """
     config = from_environment({VARIABLE: str(write(tmp_path, text))})
     assert config.namespace == "blue"
     assert config.host == HostTier(capacity=Nbytes(8 * 2**30), eviction="lru")
+    assert config.ssd == SsdTier("/var/lib/sgl-lmcache", Nbytes(200 * 2**30), "through", "lru")
     assert config.prefetch.policy == "best_effort"
     assert config.prefetch.timeout == 0.5
 
 
-def test_a_tier_without_eviction_has_the_one_for_all() -> None:
+def test_an_ssd_tier_needs_its_path_and_its_capacity_only() -> None:
+    assert ssd(path="/x", capacity=2**30) == SsdTier("/x", Nbytes(2**30), "through", None)
+
+
+@pytest.mark.parametrize("tier", [HostTier(), SsdTier("/x", Nbytes(1))])
+def test_a_tier_without_eviction_has_the_one_for_all(tier: HostTier | SsdTier) -> None:
     config = Config()
-    assert config.host.eviction is None
-    assert config.eviction_of(config.host) == config.eviction
+    assert tier.eviction is None
+    assert config.eviction_of(tier) == config.eviction
 
 
 def test_the_evictions_are_those_of_the_index() -> None:
@@ -145,10 +163,38 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         ("tiers:", "tiers", "a list is expected"),
         ("tiers: []", "tiers", "- {type: host}"),
         ("tiers: [host]", "tiers[0]", "a mapping is expected"),
-        ("tiers: [{capacity: 8GiB}]", "tiers[0]", "available: host"),
-        ("tiers: [{type: disk}]", "tiers[0].type", "available: host"),
-        ("tiers: [{type: [host]}]", "tiers[0].type", "available: host"),
+        ("tiers: [{capacity: 8GiB}]", "tiers[0]", "available: host, ssd"),
+        ("tiers: [{type: disk}]", "tiers[0].type", "available: host, ssd"),
+        ("tiers: [{type: [host]}]", "tiers[0].type", "available: host, ssd"),
         ("tiers: [{type: host}, {type: host}]", "tiers[1]", "add its capacity to tiers[0]"),
+        ("tiers: [{type: ssd, path: /x, capacity: 1GiB}]", "tiers[0]", "put `- {type: host}` before it"),
+        ("tiers: [{type: host}, {path: /x, capacity: 1GiB}]", "tiers[1]", "available: host, ssd"),
+        ("tiers: [{type: host}, {type: ssd, capacity: 1GiB}]", "tiers[1]", "such as /var/lib/sgl-lmcache"),
+        ("tiers: [{type: host}, {type: ssd, path: /x}]", "tiers[1]", "such as 200GiB"),
+        ("tiers: [{type: host}, {type: ssd, paht: /x, capacity: 1GiB}]", "tiers[1].paht", "did you mean path?"),
+        ("tiers: [{type: host}, {type: ssd, url: /x, capacity: 1GiB}]", "tiers[1].url", "possible: path, capacity"),
+        ("tiers: [{type: host}, {type: ssd, path: 7, capacity: 1GiB}]", "tiers[1].path", "put it in quotes"),
+        ("tiers: [{type: host}, {type: ssd, path: x, capacity: 1GiB}]", "tiers[1].path", "begins with /"),
+        ("tiers: [{type: host}, {type: ssd, path: ~/x, capacity: 1GiB}]", "tiers[1].path", "begins with /"),
+        ("tiers: [{type: host}, {type: ssd, path: '', capacity: 1GiB}]", "tiers[1].path", "begins with /"),
+        ("tiers: [{type: host}, {type: ssd, path: /x, capacity: 0}]", "tiers[1].capacity", "above 0"),
+        ("tiers: [{type: host}, {type: ssd, path: /x, capacity: 1Gb}]", "tiers[1].capacity", "did you mean 1GB?"),
+        (
+            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, write: back}]",
+            *("tiers[1].write", "possible: through"),
+        ),
+        (
+            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, eviction: lfu}]",
+            *("tiers[1].eviction", "did you mean lru?"),
+        ),
+        (
+            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB}, {type: ssd, path: /y, capacity: 1GiB}]",
+            *("tiers[2]", "put both disks into one file system"),
+        ),
+        (
+            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB}, {type: host}]",
+            *("tiers[2]", "add its capacity to tiers[0]"),
+        ),
         ("tiers: [{type: host, capacity: 0}]", "tiers[0].capacity", "above 0"),
         ("tiers: [{type: host, capacity: -8}]", "tiers[0].capacity", "above 0"),
         ("tiers: [{type: host, capacity: 0GiB}]", "tiers[0].capacity", "above 0"),
@@ -180,16 +226,18 @@ def test_a_wrong_key_or_value_is_refused_by_name(tmp_path: Path, text: str, key:
     assert right in message
 
 
-@pytest.mark.parametrize("tier", ["ssd", "valkey", "mooncake"])
-@pytest.mark.parametrize("text", ["tiers: [{{type: {0}}}]", "tiers: [{{type: {0}, path: /x, url: y}}, {{type: host}}]"])
-def test_a_tier_of_a_later_version_is_refused_plainly(tmp_path: Path, tier: str, text: str) -> None:
-    message = refusal(tmp_path, text.format(tier))
-    assert message == f"tiers.yaml: tiers[0].type is {tier}, which is not available in this version; available: host."
-
-
-def test_a_later_tier_below_the_host_tier_is_refused_at_its_place(tmp_path: Path) -> None:
-    assert refusal(tmp_path, "tiers: [{type: host}, {type: ssd, path: /x}]").startswith(
-        "tiers.yaml: tiers[1].type is ssd"
+@pytest.mark.parametrize("tier", LATER_TIERS)
+@pytest.mark.parametrize(
+    ("text", "position"),
+    [
+        ("tiers: [{{type: {0}}}]", 0),
+        ("tiers: [{{type: {0}, path: /x, url: y}}, {{type: host}}]", 0),
+        ("tiers: [{{type: host}}, {{type: {0}, path: /x, url: y}}]", 1),
+    ],
+)
+def test_a_tier_of_a_later_version_is_refused_plainly(tmp_path: Path, tier: str, text: str, position: int) -> None:
+    assert refusal(tmp_path, text.format(tier)) == (
+        f"tiers.yaml: tiers[{position}].type is {tier}, which is not available in this version; available: host, ssd."
     )
 
 
@@ -235,12 +283,15 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
         | st.integers()
         | st.floats()
         | st.text(max_size=5)
-        | st.sampled_from(["host", "lru", "8GiB"]),
+        | st.sampled_from(["host", "ssd", "lru", "8GiB", "/x"]),
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
                 st.sampled_from(
-                    ["namespace", "tiers", "eviction", "prefetch", "type", "capacity", "policy", "timeout", "x"]
+                    [
+                        *("namespace", "tiers", "eviction", "prefetch"),
+                        *("type", "capacity", "path", "write", "policy", "timeout", "x"),
+                    ]
                 ),
                 inner,
                 max_size=4,
@@ -261,18 +312,34 @@ def keys_of(struct: inspect.Type, prefix: str = "") -> list[str]:
     assert isinstance(struct, inspect.StructType)
     keys = [f"{prefix}{struct.tag_field}"] if struct.tag_field else []
     for field in struct.fields:
-        keys.append(prefix + field.encode_name)
-        if isinstance(field.type, inspect.VarTupleType):
-            keys += keys_of(field.type.item_type, f"{prefix}{field.encode_name}[].")
-        elif isinstance(field.type, inspect.StructType):
-            keys.remove(prefix + field.encode_name)
+        if isinstance(field.type, inspect.StructType):
             keys += keys_of(field.type, f"{prefix}{field.encode_name}.")
+        else:
+            keys.append(prefix + field.encode_name)
     return keys
 
 
-def test_the_page_documents_every_key_and_no_other() -> None:
-    section = PAGE.read_text(encoding="utf-8").split("## Keys")[1].split("\n\n**")[0]
-    assert sorted(re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)) == sorted(keys_of(inspect.type_info(Config)))
+def keys_in(section: str) -> list[str]:
+    """What stands between backticks in the first column of a section of the page."""
+    text = PAGE.read_text(encoding="utf-8").split(f"## {section}\n")[1].split("\n#")[0]
+    return re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("section", "struct", "prefix"),
+    [
+        ("Keys", Config, ""),
+        ("Keys of the host tier", HostTier, "tiers[]."),
+        ("Keys of the SSD tier", SsdTier, "tiers[]."),
+    ],
+)
+def test_the_page_documents_every_key_and_no_other(section: str, struct: type, prefix: str) -> None:
+    assert sorted(keys_in(section)) == sorted(keys_of(inspect.type_info(struct), prefix))
+
+
+def test_every_kind_of_tier_has_a_section_of_keys() -> None:
+    kinds = get_args(get_args(get_type_hints(Config)["tiers"])[0])
+    assert set(kinds) == {HostTier, SsdTier}
 
 
 def test_the_examples_of_the_page_load(tmp_path: Path) -> None:
