@@ -11,12 +11,15 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sgl_lmcache import __version__
 from sgl_lmcache.errors import StartError
+
+if TYPE_CHECKING:
+    from sgl_lmcache.config import Config, HostTier, SsdTier
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,16 +98,26 @@ def _effective(path: Path | None) -> Iterator[str]:
     yield "tiers:"
     for position, tier in enumerate(config.tiers):
         given: dict[str, Any] = tree["tiers"][position] if "tiers" in tree else {}
-        yield _line("  - type", "host", given="type" in given)
-        if tier.capacity is None:
-            yield f"    # capacity: {_capacity_from_free_memory()}"
-        else:
-            yield _line("    capacity", tier.capacity, given=True)
-        own = given.get("eviction") is not None
-        yield _line("    eviction", config.eviction_of(tier), given=own, otherwise="as for every tier")
+        yield from _effective_tier(config, tier, given)
     yield "prefetch:"
     yield _line("  policy", config.prefetch.policy, given="policy" in prefetch)
     yield _line("  timeout", config.prefetch.timeout, given="timeout" in prefetch)
+
+
+def _effective_tier(config: Config, tier: HostTier | SsdTier, given: Mapping[str, Any]) -> Iterator[str]:
+    from sgl_lmcache.config import SsdTier
+
+    yield _line("  - type", tier.__struct_config__.tag, given="type" in given)
+    if isinstance(tier, SsdTier):
+        yield _line("    path", _quote(tier.path), given=True)
+    if tier.capacity is None:
+        yield f"    # capacity: {_capacity_from_free_memory()}"
+    else:
+        yield _line("    capacity", tier.capacity, given=True)
+    if isinstance(tier, SsdTier):
+        yield _line("    write", tier.write, given="write" in given)
+    own = given.get("eviction") is not None
+    yield _line("    eviction", config.eviction_of(tier), given=own, otherwise="as for every tier")
 
 
 def _line(key: str, value: object, *, given: bool, otherwise: str = "default") -> str:

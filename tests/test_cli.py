@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
 from sgl_lmcache import __version__, cli, doctor, serve
-from sgl_lmcache.config import VARIABLE, load, parse
+from sgl_lmcache.config import VARIABLE, Config, HostTier, SsdTier, load, parse
 from sgl_lmcache.doctor import Finding, Level
 
 
@@ -115,20 +116,30 @@ def test_the_defaults_are_marked_as_such(capsys: pytest.CaptureFixture[str]) -> 
 def test_each_value_says_where_it_is_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path, "tiers: [{type: host, capacity: 1GiB}]\nprefetch: {timeout: 2s}")
+    path = write(
+        tmp_path,
+        "tiers: [{type: host, capacity: 1GiB}, {type: ssd, path: /kv, capacity: 2TiB, eviction: lru}]\n"
+        "prefetch: {timeout: 2s}",
+    )
     monkeypatch.setenv(VARIABLE, str(path))
     assert cli.main(["config"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"# {VARIABLE}={path}"
-    origins = {key.strip(" -"): note.strip() for key, _, note in (line.partition("#") for line in lines[1:]) if note}
-    assert origins == {
-        'namespace: "default"': "default",
-        "eviction: lru": "as for every tier",
-        "type: host": "from the file",
-        "capacity: 1GiB": "from the file",
-        "policy: auto": "default",
-        "timeout: 2s": "from the file",
-    }
+    values = [line.partition("#")[::2] for line in lines[1:]]
+    assert [(key.strip(" -"), note.strip()) for key, note in values if note] == [
+        ('namespace: "default"', "default"),
+        ("eviction: lru", "default"),
+        ("type: host", "from the file"),
+        ("capacity: 1GiB", "from the file"),
+        ("eviction: lru", "as for every tier"),
+        ("type: ssd", "from the file"),
+        ('path: "/kv"', "from the file"),
+        ("capacity: 2TiB", "from the file"),
+        ("write: through", "default"),
+        ("eviction: lru", "from the file"),
+        ("policy: auto", "default"),
+        ("timeout: 2s", "from the file"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +147,7 @@ def test_each_value_says_where_it_is_from(
     [
         {"namespace": 'quotes " and # and: more\nin two lines ü'},
         {"tiers": [{"type": "host", "capacity": 4097, "eviction": "lru"}], "prefetch": {"timeout": 0.125}},
+        {"tiers": [{"type": "host"}, {"type": "ssd", "path": "/kv: #1 ü", "capacity": 10**12 + 1}]},
     ],
 )
 def test_what_is_printed_means_the_same_as_the_file(
@@ -147,8 +159,13 @@ def test_what_is_printed_means_the_same_as_the_file(
     printed = parse(yaml.safe_load(capsys.readouterr().out), source="printed")
     original = load(path)
     assert (printed.namespace, printed.prefetch) == (original.namespace, original.prefetch)
-    assert printed.host.capacity == original.host.capacity
-    assert printed.eviction_of(printed.host) == original.eviction_of(original.host)
+    assert [_resolved(printed, tier) for tier in printed.tiers] == [
+        _resolved(original, tier) for tier in original.tiers
+    ]
+
+
+def _resolved(config: Config, tier: HostTier | SsdTier) -> HostTier | SsdTier:
+    return msgspec.structs.replace(tier, eviction=config.eviction_of(tier))
 
 
 @pytest.mark.parametrize(("level", "code"), [(Level.OK, 0), (Level.WARN, 0), (Level.FAIL, 1)])
