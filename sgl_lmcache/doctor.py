@@ -27,8 +27,9 @@ from pathlib import Path
 
 import sgl_lmcache
 from sgl_lmcache import BACKEND, SGLANG_VERSION, seams
-from sgl_lmcache.config import VARIABLE, Config, ConfigError, from_environment
+from sgl_lmcache.config import VARIABLE, Config, ConfigError, SsdTier, from_environment
 from sgl_lmcache.cpu import has_gpu
+from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.memory import Memory, format_nbytes, host_capacity, read_memory
 from sgl_lmcache.seam_table import SEAMS
 
@@ -68,6 +69,7 @@ def examine(env: Mapping[str, str], *, port: int = DEFAULT_PORT) -> list[Finding
     gpu = has_gpu()
     compiler = _compiler(env)
     configuration = _read_configuration(env)
+    config = configuration if isinstance(configuration, Config) else Config()
     return [
         check_sglang(seams.installed_version()),
         check_seams(seams.differences()),
@@ -75,7 +77,8 @@ def examine(env: Mapping[str, str], *, port: int = DEFAULT_PORT) -> list[Finding
         check_rooms(_room_origins(), Path(sgl_lmcache.__file__).parent.parent),
         check_gpu(gpu),
         check_configuration(configuration, env.get(VARIABLE, "")),
-        check_memory(read_memory(), configuration if isinstance(configuration, Config) else Config(), gpu=gpu),
+        check_memory(read_memory(), config, gpu=gpu),
+        *(_examine_ssd(config.ssd) if config.ssd is not None else ()),
         check_compiler(compiler, links_openssl=_links_openssl(compiler)),
         check_ninja(shutil.which("ninja"), Path(sys.executable).parent),
         check_python_headers(Path(sysconfig.get_path("include"))),
@@ -171,6 +174,36 @@ def check_memory(memory: Memory, config: Config, *, gpu: bool) -> Finding:
     return Finding(check, Level.OK, what)
 
 
+def check_ssd_folder(disk: Disk) -> Finding:
+    check = "SSD folder"
+    if disk.refusal:
+        advice = "name a folder that the server's user can write and that has room: docs/ssd.md"
+        return Finding(check, Level.FAIL, disk.refusal, advice)
+    if disk.holder:
+        advice = "stop that server, or give this one a folder of its own: tiers[1].path"
+        return Finding(check, Level.FAIL, f"{disk.path} is in use by another server ({disk.holder})", advice)
+    return Finding(check, Level.OK, f"{disk.path} can be written, and no server uses it")
+
+
+def check_ssd_room(disk: Disk, capacity_nbytes: int) -> Finding:
+    """Other files on the disk grow as well, and disks that are full are slow."""
+    check = "SSD room"
+    what = f"{format_nbytes(capacity_nbytes)} of the {format_nbytes(disk.room_nbytes)} that the tier could have"
+    if capacity_nbytes > disk.room_nbytes * _TIGHT_SHARE:
+        return Finding(check, Level.WARN, what, "leave a tenth of the disk free: lower tiers[1].capacity")
+    return Finding(check, Level.OK, what)
+
+
+def check_ssd_direct_io(disk: Disk) -> Finding:
+    check = "SSD direct I/O"
+    if not disk.takes_direct_io:
+        what = (
+            f"the file system of {disk.path} refuses it, so every page goes through the page cache, and is copied there"
+        )
+        return Finding(check, Level.WARN, what, "it works, but slower: use a folder on ext4 or XFS of a local disk")
+    return Finding(check, Level.OK, "the file system has it")
+
+
 def check_compiler(compiler: Sequence[str], *, links_openssl: bool) -> Finding:
     """`compiler`: its command line; empty if there is none. SGLang compiles the extension that hashes pages
     (`hicache_hash_cpp`) when it is first used."""
@@ -248,6 +281,14 @@ def _read_configuration(env: Mapping[str, str]) -> Config | ConfigError:
         return from_environment(env)
     except ConfigError as error:
         return error
+
+
+def _examine_ssd(tier: SsdTier) -> list[Finding]:
+    disk = read_disk(tier)
+    folder = check_ssd_folder(disk)
+    if disk.refusal:
+        return [folder]
+    return [folder, check_ssd_room(disk, tier.capacity), check_ssd_direct_io(disk)]
 
 
 def _plugin_names() -> set[str]:

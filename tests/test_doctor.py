@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 import sys
 from collections.abc import Mapping
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from hicache.ssd.locks import lock_directory
 from sgl_lmcache import SGLANG_VERSION, doctor
-from sgl_lmcache.config import Config, ConfigError, parse
+from sgl_lmcache.config import Config, ConfigError, Nbytes, SsdTier, parse
+from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.doctor import Finding, Level
 from sgl_lmcache.memory import Memory
 
@@ -113,6 +117,78 @@ def test_memory_that_does_not_suffice() -> None:
     assert_bad(doctor.check_memory(memory(GIB), Config(), gpu=True), Level.WARN, "gets 512.0 MiB", "few prompts")
 
 
+FOLDER = Path("/kv")
+
+
+def test_ssd_folder() -> None:
+    assert_ok(doctor.check_ssd_folder(Disk(FOLDER)))
+    refused = doctor.check_ssd_folder(Disk(FOLDER, refusal="/kv is on a read-only file system"))
+    assert_bad(refused, Level.FAIL, "/kv is on a read-only file system", "docs/ssd.md")
+    in_use = doctor.check_ssd_folder(Disk(FOLDER, holder="pid 7 on host"))
+    assert_bad(in_use, Level.FAIL, "/kv is in use by another server (pid 7 on host)", "tiers[1].path")
+
+
+def test_ssd_room() -> None:
+    assert_ok(doctor.check_ssd_room(Disk(FOLDER, room_nbytes=10 * GIB), 9 * GIB))
+    tight = doctor.check_ssd_room(Disk(FOLDER, room_nbytes=10 * GIB), 9 * GIB + 1)
+    assert_bad(tight, Level.WARN, "9.0 GiB of the 10.0 GiB", "lower tiers[1].capacity")
+
+
+def test_ssd_direct_io() -> None:
+    assert_ok(doctor.check_ssd_direct_io(Disk(FOLDER)))
+    assert_bad(doctor.check_ssd_direct_io(Disk(FOLDER, takes_direct_io=False)), Level.WARN, "page cache", "ext4 or XFS")
+
+
+def ssd(path: Path, nbytes: int = 2**20) -> SsdTier:
+    return SsdTier(str(path), Nbytes(nbytes))
+
+
+def test_a_folder_that_can_be_made_is_not_left_behind(tmp_path: Path) -> None:
+    disk = read_disk(ssd(tmp_path / "a" / "b"))
+    assert not disk.refusal
+    assert not disk.holder
+    assert disk.room_nbytes > 2**20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_there_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "kv").mkdir(mode=0o750)
+    (tmp_path / "kv" / "other").write_text("x")
+    assert not read_disk(ssd(tmp_path / "kv")).refusal
+    assert [path.name for path in (tmp_path / "kv").iterdir()] == ["other"]
+    assert (tmp_path / "kv").stat().st_mode & 0o777 == 0o750
+
+
+def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(path) in read_disk(ssd(path)).refusal
+    assert "has room for" in read_disk(ssd(tmp_path / "kv", 2**60)).refusal
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_in_use_names_who_has_it(tmp_path: Path) -> None:
+    lock = lock_directory(tmp_path, "server-1")
+    assert f"pid {os.getpid()} on " in read_disk(ssd(tmp_path)).holder
+    lock.release()
+    assert read_disk(ssd(tmp_path)).holder == ""
+
+
+def test_a_file_system_without_direct_io_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refuse(path: os.PathLike[str], flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    disk = read_disk(ssd(tmp_path))
+    assert not disk.refusal
+    assert not disk.takes_direct_io
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compiler() -> None:
     assert_ok(doctor.check_compiler(["c++"], links_openssl=True))
     assert_bad(doctor.check_compiler([], links_openssl=False), Level.FAIL, "none found", "g++ libssl-dev")
@@ -168,6 +244,18 @@ def test_every_check_answers_on_this_machine() -> None:
     assert len({finding.check for finding in findings}) == len(findings) == 13
     assert all(finding.what for finding in findings)
     assert all(bool(finding.advice) == (finding.level is not Level.OK) for finding in findings)
+
+
+def test_an_ssd_tier_is_examined_where_one_is_configured(tmp_path: Path) -> None:
+    path = tmp_path / "tiers.yaml"
+    path.write_text(f"tiers: [{{type: host}}, {{type: ssd, path: {tmp_path}/kv, capacity: 1MiB}}]")
+    findings = {finding.check: finding for finding in doctor.examine({"SGL_LMCACHE_CONFIG": str(path)})}
+    assert {"SSD folder", "SSD room", "SSD direct I/O"} <= set(findings)
+    assert_ok(findings["SSD folder"])
+    path.write_text(f"tiers: [{{type: host}}, {{type: ssd, path: {path}, capacity: 1MiB}}]")
+    refused = {finding.check: finding for finding in doctor.examine({"SGL_LMCACHE_CONFIG": str(path)})}
+    assert_bad(refused["SSD folder"], Level.FAIL, str(path), "docs/ssd.md")
+    assert "SSD room" not in refused
 
 
 def test_a_broken_configuration_is_found_and_the_rest_is_still_checked(tmp_path: Path) -> None:
