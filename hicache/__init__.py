@@ -4,6 +4,8 @@ from hicache.engine import UNKNOWN, Engine, Offload, Restore
 from hicache.host import HostTier
 from hicache.null import NullTier
 from hicache.prefills import Prefill
+from hicache.speed import PrefillSpeed
+from hicache.ssd import SsdTier, StoreError
 from hicache.stats import Stats
 from hicache.ticket import Ticket, Verdict
 from hicache.tier import Batch, Capacity, Health, Tier, TierError
@@ -18,8 +20,11 @@ __all__ = [
     "NullTier",
     "Offload",
     "Prefill",
+    "PrefillSpeed",
     "Restore",
+    "SsdTier",
     "Stats",
+    "StoreError",
     "Ticket",
     "Tier",
     "TierError",

@@ -133,6 +133,14 @@ class Index:
         """32 bytes a row."""
         return self._columns.key.take(rows, axis=0).tobytes()
 
+    def parents(self, rows: Rows) -> Rows:
+        """int32[n]: the row above each of these, `ROOT` above first pages."""
+        return self._columns.parent.take(rows)
+
+    def depths(self, rows: Rows) -> NDArray[np.int32]:
+        """int32[n]: how many pages lie above each of these."""
+        return self._columns.depth.take(rows)
+
     # ---- residency ----
 
     def states(self, rows: Rows, tier: int) -> NDArray[np.uint8]:

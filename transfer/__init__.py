@@ -7,6 +7,7 @@ Read in the order that data flows:
     copies    the contract: `DevicePool`, `Copies` and the handles of a batch under way
     cpu       copies between host-memory pools and the slab: threads around `kernels`, a compiled memcpy
     cuda      copies between a GPU and the slab: streams and events around a device's copy functions
+    files     slots in preallocated files, and direct I/O between them and the slab
     errors    what this room raises
 
 Imports none of the project's other packages, nor sglang. Nothing is re-exported here, so that a user of the layout

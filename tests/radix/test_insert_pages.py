@@ -112,3 +112,11 @@ def test_blobs_of_different_lengths_are_refused() -> None:
         Index(4).insert_pages(bytes(32), bytes(64))
     with pytest.raises(ValueError, match="whole keys"):
         Index(4).insert_pages(bytes(31), bytes(31))
+
+
+def test_parents_and_depths_say_where_rows_are() -> None:
+    index = Index(8)
+    rows = index.insert(b"".join(page_keys("abc")))
+    index.put(rows, HBM)
+    assert index.parents(rows).tolist() == [ROOT, *rows[:2].tolist()]
+    assert index.depths(rows[::-1].copy()).tolist() == [2, 1, 0]

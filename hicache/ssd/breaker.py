@@ -1,0 +1,55 @@
+"""When to stop asking a disk that fails, and when to ask again.
+
+A breaker is closed while all is well. The first failure opens it: from then on nobody asks. After a second, and then
+after twice as long each time, up to a minute, one trial may tell that the disk is back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+FIRST_RETRY_S: Final = 1.0
+LAST_RETRY_S: Final = 60.0
+
+
+class Breaker:
+    """One kind of access to one store. Any thread may call it; a race between two costs at most one more trial."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._reason = ""
+        self._pause_s = FIRST_RETRY_S
+        self._retry_at_s = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self._reason)
+
+    @property
+    def reason(self) -> str:
+        """The sentence that opened it; empty while it is closed."""
+        return self._reason
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is open and the time for a trial has come."""
+        return self.is_open and self._clock() >= self._retry_at_s
+
+    def trip(self, reason: str) -> bool:
+        """Open it. Returns False if it was open: then its first reason stands, and it has been told."""
+        if self.is_open:
+            return False
+        self._pause_s = FIRST_RETRY_S
+        self._retry_at_s = self._clock() + self._pause_s
+        self._reason = reason
+        return True
+
+    def failed(self) -> None:
+        """The trial failed: the next is later."""
+        self._pause_s = min(2 * self._pause_s, LAST_RETRY_S)
+        self._retry_at_s = self._clock() + self._pause_s
+
+    def close(self) -> None:
+        """The trial went well."""
+        self._reason = ""

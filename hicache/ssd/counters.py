@@ -1,0 +1,47 @@
+"""What an SSD tier counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the tier was opened; pages, unless they say otherwise. Changed under the volume's lock only."""
+
+    loaded: int = 0
+    """Read into the slab, verified and served."""
+    stored: int = 0
+    """Written and named in memory; a commit of the map follows."""
+    deduplicated: int = 0
+    """Asked to be stored that were there already, or being written."""
+    evicted: int = 0
+    """Left to make room."""
+    deleted: int = 0
+    """Left because the engine said so."""
+    corrupt: int = 0
+    """Read and found damaged, or another page's: a miss, and the copy is dropped. Each once."""
+    skipped_pressure: int = 0
+    """Not stored because more bytes waited to be written than the queue takes."""
+    skipped_full: int = 0
+    """Not stored because nothing could leave to make room."""
+    orphans: int = 0
+    """Not stored because the page above them was not there."""
+    read_errors: int = 0
+    """Reads that the disk refused (I/O calls, not pages)."""
+    write_errors: int = 0
+    """Writes, and makings of room, that the disk refused (I/O calls, not pages)."""
+    map_errors: int = 0
+    """Accesses to the map that failed."""
+    filled: int = 0
+    """Read from the map after the start."""
+    map_rejected: int = 0
+    """Rows of the map that made no sense, and were deleted."""
+    map_salvaged: int = 0
+    """Times that a damaged map was made anew from what could be read of it (not pages)."""
+    crashes: int = 0
+    """Bugs met by the threads of the tier, each with a traceback in the log (not pages)."""
+    read_nbytes: int = 0
+    """Bytes read from data files."""
+    written_nbytes: int = 0
+    """Bytes written to data files."""

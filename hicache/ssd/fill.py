@@ -1,0 +1,188 @@
+"""After a start: the pages that the map names become known in memory, while the tier already answers.
+
+    read      all rows of the map, some hundred at a time, into arrays by slot
+    insert    parents first, again some hundred at a time, each slice shortly under the lock
+    free      what no row names
+    order     from the least recently used page to the most, the pages used meanwhile last
+
+Until the end no page is stored, so no slot is given away; what is asked for and not known yet is looked up in the map
+by its key. Rows that make no sense are deleted. Where the map is damaged, each row is tried by itself, and at the end
+the map is made anew from what could be read.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+
+from hicache.ssd.map import NO_ROWS, Int64Array, Map, PageRows, delete_map, joined
+from hicache.ssd.pages import ROOT_KEY
+from hicache.ssd.volume import Volume
+from radix import KEY_NBYTES
+
+logger = logging.getLogger(__name__)
+
+SLICE = 256
+"""Pages a step: well under a millisecond of Python, and of the lock."""
+
+FREE_SLICE = 1 << 14
+_MAX_ROUNDS = 3
+
+
+class Fill:
+    """One reading of one map, all on the keeper's thread. Raises sqlite3.Error."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._n_live = volume.files.n_slots
+        self._keys = np.zeros((self._n_live, 4), np.uint64)
+        self._parents = np.zeros((self._n_live, 4), np.uint64)
+        self._depths = np.full(self._n_live, -1, np.int64)
+        self._checksums = np.zeros(self._n_live, np.uint64)
+        self._last_uses = np.zeros(self._n_live, np.int64)
+        n_beyond, clock = volume.map.delete_beyond(self._n_live), volume.map.note("clock")
+        with volume.lock:
+            volume.counters.map_rejected += n_beyond
+            volume.pages.begin_fill(self._n_live, clock + 1 if isinstance(clock, int) else 1)
+            self._began_at = volume.pages.clock
+
+    def steps(self) -> Iterator[None]:
+        """All of it, in short steps. Raises sqlite3.Error and OSError; begin anew then."""
+        volume = self._volume
+        yield from self._read()
+        yield from self._insert()
+        yield from self._free()
+        yield from self._order()
+        if volume.map.is_damaged:
+            rebuild_map(volume)
+        with volume.lock:
+            volume.pages.end_fill()
+            volume.is_filling = False
+
+    # ---- the parts ----
+
+    def _read(self) -> Iterator[None]:
+        for first in range(0, self._n_live, SLICE):
+            rows, unsound = self._volume.map.between(first, min(first + SLICE, self._n_live))
+            at = rows.slots
+            self._keys[at] = np.frombuffer(rows.keys, np.uint64).reshape(-1, 4)
+            self._parents[at] = np.frombuffer(rows.parents, np.uint64).reshape(-1, 4)
+            self._depths[at] = rows.depths
+            self._checksums[at] = rows.checksums
+            self._last_uses[at] = rows.last_uses
+            self._reject(unsound)
+            yield
+
+    def _insert(self) -> Iterator[None]:
+        named = np.flatnonzero(self._depths >= 0)
+        order = named[np.argsort(self._depths[named], kind="stable")]
+        for first in range(0, len(order), SLICE):
+            rows = self._rows(order[first : first + SLICE])
+            with self._volume.lock:
+                wrong = self._volume.pages.adopt(rows)
+                self._volume.counters.filled += len(rows) - len(wrong)
+            self._reject(wrong)
+            yield
+
+    def _free(self) -> Iterator[None]:
+        for first in range(0, self._n_live, FREE_SLICE):
+            with self._volume.lock:
+                self._volume.pages.free_unused(first, min(first + FREE_SLICE, self._n_live))
+            yield
+
+    def _order(self) -> Iterator[None]:
+        pages, began_at = self._volume.pages, self._began_at
+        named = np.flatnonzero(self._depths >= 0)
+        order = named[np.lexsort((-self._depths[named], self._last_uses[named]))]
+        yield from self._make_newest(order, used_before=began_at)
+        for _ in range(_MAX_ROUNDS):
+            until = pages.clock + 1
+            yield from self._make_newest(pages.used_since(began_at), used_before=until)
+            began_at = until
+
+    def _make_newest(self, slots: Int64Array, used_before: int) -> Iterator[None]:
+        for first in range(0, len(slots), SLICE):
+            with self._volume.lock:
+                self._volume.pages.make_newest(slots[first : first + SLICE], used_before)
+            yield
+
+    # ---- rows ----
+
+    def _rows(self, slots: Int64Array) -> PageRows:
+        return PageRows(
+            slots,
+            self._keys[slots].tobytes(),
+            self._parents[slots].tobytes(),
+            self._depths[slots],
+            self._checksums[slots],
+            self._last_uses[slots],
+        )
+
+    def _reject(self, slots: Int64Array) -> None:
+        """Count these rows as senseless, and delete them unless the whole map will be made anew."""
+        if not len(slots):
+            return
+        with self._volume.lock:
+            self._volume.counters.map_rejected += len(slots)
+        if not self._volume.map.is_damaged:
+            self._volume.map.delete(slots.tolist())
+
+
+def rebuild_map(volume: Volume) -> None:
+    """Put a new map in the place of a damaged one; commits write it from the books. Raises sqlite3.Error, OSError.
+
+    The old one is closed first: SQLite deletes a log by its name.
+    """
+    folder = volume.spec.folder.path
+    volume.map.is_damaged = True
+    volume.map.close()
+    delete_map(folder)
+    volume.replace_map(Map(folder, volume.spec.identity))
+    volume.map.set_note("segment_slots", volume.geometry.segment_slots)
+    with volume.lock:
+        volume.pages.save_all()
+        volume.counters.map_salvaged += 1
+    logger.warning("sgl_lmcache: the map of %s was damaged: it is made anew from what could be read", folder)
+
+
+def look_up(volume: Volume, keys: bytes, *, prefix: bool) -> None:
+    """While a fill runs: make known what the map has of these pages; with `prefix`, up to the first it has not.
+
+    On the keeper's thread. Raises sqlite3.Error; what cannot be read is not there.
+    """
+    with volume.lock:
+        n_known = volume.pages.n_found(keys) if prefix else 0
+    found: list[PageRows] = []
+    for at in range(KEY_NBYTES * n_known, len(keys), KEY_NBYTES):
+        row = _page(volume, keys[at : at + KEY_NBYTES])
+        if prefix and not len(row):
+            break
+        found.append(row)
+    rows = joined(found)
+    if len(rows):
+        rows = joined([*_above(volume, rows.parents[:KEY_NBYTES]), rows])
+        order = np.argsort(rows.depths, kind="stable")
+        for first in range(0, len(rows), SLICE):
+            with volume.lock:
+                volume.pages.adopt(rows.take(order[first : first + SLICE]))
+
+
+def _page(volume: Volume, key: bytes) -> PageRows:
+    row = volume.map.page(key)
+    return row if len(row) and row.slots[0] < volume.pages.n_live else NO_ROWS
+
+
+def _above(volume: Volume, key: bytes) -> list[PageRows]:
+    """The rows from the page `key` up to the first that is known, or to the root."""
+    above: list[PageRows] = []
+    while key != ROOT_KEY and len(above) <= volume.pages.n_slots:
+        with volume.lock:
+            is_known = volume.pages.n_found(key) > 0
+        row = NO_ROWS if is_known else _page(volume, key)
+        if not len(row):
+            break
+        above.append(row)
+        key = row.parents
+    return above

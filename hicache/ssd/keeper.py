@@ -1,0 +1,307 @@
+"""The keeper: the one background thread that writes the map, and does whatever else has to wait for the disk in order.
+
+It goes round and round: jobs that others gave it; a slice of the fill after a start; then a commit of what has changed,
+new segments, and the stores that waited for either; every few seconds a look whether the files are still there; and,
+while the disk is given up, a trial of it from time to time.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Final
+
+import numpy as np
+
+from hicache.ssd.fill import FREE_SLICE, SLICE, Fill, rebuild_map
+from hicache.ssd.locks import StoreError
+from hicache.ssd.map import TRANSACTION_ROWS, is_damage
+from hicache.ssd.opening import grow, open_store
+from hicache.ssd.pages import Changes
+from hicache.ssd.stores import Stores
+from hicache.ssd.volume import Volume
+from hicache.tier import TierError
+
+logger = logging.getLogger(__name__)
+
+ROUND_S: Final = 0.2
+"""Commits are at most so far apart, so a crash loses at most what was stored in this time."""
+
+WATCH_S: Final = 2.0
+GROW_AGAIN_S: Final = 30.0
+
+_EVERYTHING: Final = 1 << 40
+
+Job = tuple[Callable[[], None], "Future[int]"]
+
+
+class Keeper:
+    """Serves one volume until it is stopped. wanted: set by whoever has something to do for it.
+
+    Other threads may call `call`, `busy_s` and `stop`, and read `n_crashes`.
+    """
+
+    def __init__(self, volume: Volume, stores: Stores, wanted: threading.Event) -> None:
+        self.n_crashes = 0
+        self._volume = volume
+        self._stores = stores
+        self._wanted = wanted
+        self._fill: Iterator[None] | None = Fill(volume).steps()
+        self._jobs: deque[Job] = deque()
+        self._late_jobs: deque[Job] = deque()
+        self._stopping = False
+        self._watched_at_s = volume.clock() - WATCH_S
+        self._busy_since_s: float | None = None
+        self._told_no_room = False
+        self._told_buffered = False
+        self._thread = threading.Thread(target=self._serve, name="sgl-lmcache-ssd-keeper", daemon=True)
+        self._thread.start()
+
+    def call(self, work: Callable[[], None], future: Future[int], *, after_fill: bool = False) -> None:
+        """Do this soon. It settles the future; if it raises what disks raise, that is done here, with TierError."""
+        (self._late_jobs if after_fill else self._jobs).append((work, future))
+        self._wanted.set()
+
+    def busy_s(self) -> float:
+        """For how long the keeper has been at the disk."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else self._volume.clock() - since_s
+
+    def stop(self, timeout_s: float) -> bool:
+        """Commit what is left, and end. Returns False if that took too long; it goes on then. Blocks."""
+        self._stopping = True
+        self._wanted.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # ---- the thread ----
+
+    def _serve(self) -> None:
+        while not self._stopping:
+            pause_s = ROUND_S
+            try:
+                pause_s = self._round()
+            except Exception:
+                self.n_crashes += 1
+                logger.exception("sgl_lmcache: the keeper of the SSD tier met a bug")
+            if pause_s:
+                self._wanted.wait(pause_s)
+            self._wanted.clear()
+        try:
+            self._finish()
+        except Exception:
+            self.n_crashes += 1
+            logger.exception("sgl_lmcache: the keeper of the SSD tier met a bug at its end")
+
+    def _round(self) -> float:
+        """Returns how long to wait for the next."""
+        volume = self._volume
+        self._run(self._jobs)
+        if volume.reads.is_due or volume.writes.is_due:
+            self._try_again()
+        if volume.writes.is_open:
+            self._stores.withdraw()
+            return ROUND_S
+        self._watch()
+        if self._fill is not None:
+            self._fill_on(self._fill)
+            return 0.0
+        self._run(self._late_jobs)
+        self._keep_up()
+        return ROUND_S
+
+    def _finish(self) -> None:
+        for jobs in (self._jobs, self._late_jobs):
+            while jobs:
+                jobs.popleft()[1].set_result(0)
+        if not self._volume.is_filling and not self._volume.writes.is_open:
+            self._commit_all()
+
+    @contextmanager
+    def _at_disk(self) -> Iterator[None]:
+        self._busy_since_s = self._volume.clock()
+        try:
+            yield
+        finally:
+            self._busy_since_s = None
+
+    def _run(self, jobs: deque[Job]) -> None:
+        while jobs:
+            work, future = jobs.popleft()
+            try:
+                with self._at_disk():
+                    work()
+            except (OSError, sqlite3.Error) as error:
+                self._volume.map_failed(error)
+                future.set_exception(TierError(f"the map of {self._volume.spec.folder.path} failed: {error}"))
+
+    def _fill_on(self, fill: Iterator[None]) -> None:
+        try:
+            with self._at_disk():
+                next(fill)
+        except StopIteration:
+            self._fill = None
+        except (OSError, sqlite3.Error) as error:
+            self._fill = None
+            self._volume.map_failed(error)
+
+    # ---- commits ----
+
+    def _keep_up(self) -> None:
+        """Commit, grow and start what waits, until nothing of it makes room for more."""
+        volume = self._volume
+        while not volume.writes.is_open:
+            if volume.wants_growth:
+                self._grow()
+            self._commit_all()
+            self._stores.resume()
+            if not (volume.wants_growth or (self._stores.n_waiting and volume.pages.n_dying)):
+                break
+
+    def flush(self) -> int:
+        """Commit all that is resident now. A job, for after the fill."""
+        self._commit_all()
+        return 0
+
+    def _commit_all(self) -> None:
+        while self._commit():
+            pass
+
+    def _commit(self) -> bool:
+        """One transaction. Returns whether there may be more to commit."""
+        volume = self._volume
+        with volume.lock:
+            changes = volume.pages.changes(TRANSACTION_ROWS)
+        if not len(changes):
+            return False
+        try:
+            with self._at_disk():
+                self._write(changes)
+        except (OSError, sqlite3.Error) as error:
+            with volume.lock:
+                volume.pages.uncommitted(changes)
+            return self._commit_failed(error)
+        with volume.lock:
+            volume.pages.committed(changes.deleted)
+        return True
+
+    def _write(self, changes: Changes) -> None:
+        """In this order: the bytes are safe, then the map names them."""
+        volume = self._volume
+        volume.check_in_place()
+        volume.files.sync(np.unique(changes.saved.slots // volume.geometry.segment_slots).tolist())
+        volume.map.apply(changes.deleted, changes.saved, changes.touched, changes.clock)
+
+    def _commit_failed(self, error: Exception) -> bool:
+        volume = self._volume
+        if isinstance(error, OSError):
+            volume.write_failed(error)
+            return False
+        if not (isinstance(error, sqlite3.Error) and is_damage(error)):
+            volume.map_failed(error)
+            return False
+        try:
+            with self._at_disk():
+                rebuild_map(volume)
+        except (OSError, sqlite3.Error) as worse:
+            volume.map_failed(worse)
+            return False
+        return True
+
+    def clear(self) -> int:
+        """Forget all pages; returns how many there were. A job, for after the fill. Raises sqlite3.Error."""
+        volume, n_deleted = self._volume, 0
+        for first in range(0, volume.pages.n_live, SLICE):
+            with volume.lock:
+                n_deleted += volume.pages.delete_slots(first, first + SLICE)
+        with volume.lock:
+            changes = volume.pages.changes(_EVERYTHING)
+        try:
+            volume.map.delete_all()
+        except sqlite3.Error:
+            with volume.lock:
+                volume.pages.uncommitted(changes)
+            raise
+        for first in range(0, len(changes.deleted), FREE_SLICE):
+            with volume.lock:
+                volume.pages.committed(changes.deleted[first : first + FREE_SLICE])
+        with volume.lock:
+            volume.counters.deleted += n_deleted
+        return n_deleted
+
+    # ---- room ----
+
+    def _grow(self) -> None:
+        """Another segment; where there is no room for one, the tier goes on with those it has."""
+        volume = self._volume
+        volume.wants_growth = False
+        reason = "the directory's capacity is used up"
+        try:
+            with self._at_disk():
+                grew = grow(volume.spec, volume.opened)
+        except OSError as error:
+            grew, reason = False, str(error)
+            with volume.lock:
+                volume.counters.write_errors += 1
+        if grew:
+            self._told_no_room = False
+            for end in range(volume.pages.n_live, volume.files.n_slots, FREE_SLICE):
+                with volume.lock:
+                    volume.pages.add_slots(min(end + FREE_SLICE, volume.files.n_slots))
+            return
+        volume.grow_again_at_s = volume.clock() + GROW_AGAIN_S
+        if not self._told_no_room:
+            self._told_no_room = True
+            store = volume.spec.folder.path
+            logger.warning("sgl_lmcache: %s stays at %s slots: %s", store, f"{volume.files.n_slots:,}", reason)
+
+    # ---- the disk's health ----
+
+    def _watch(self) -> None:
+        if self._volume.clock() - self._watched_at_s < WATCH_S:
+            return
+        self._watched_at_s = self._volume.clock()
+        if not (self._volume.files.is_direct or self._told_buffered):
+            self._told_buffered = True
+            path = self._volume.spec.path
+            logger.warning("sgl_lmcache: the file system of %s has no direct I/O: the page cache is used", path)
+        try:
+            with self._at_disk():
+                self._volume.check_in_place()
+        except OSError as error:
+            self._volume.went_away(error)
+
+    def _try_again(self) -> None:
+        volume = self._volume
+        due = [breaker for breaker in (volume.reads, volume.writes) if breaker.is_due]
+        try:
+            with self._at_disk():
+                self._put_right()
+                if volume.reads in due:
+                    volume.try_reads()
+                if volume.writes in due:
+                    volume.try_writes()
+                if volume.is_filling:
+                    self._fill = Fill(volume).steps()
+        except (OSError, sqlite3.Error, StoreError):
+            for breaker in due:
+                breaker.failed()
+            return
+        for breaker in due:
+            breaker.close()
+        logger.warning("sgl_lmcache: the store %s is back", volume.spec.folder.path)
+
+    def _put_right(self) -> None:
+        """Replace what is gone or broken: the whole store by an empty one, the map by a new one."""
+        volume = self._volume
+        if not volume.is_in_place():
+            if not volume.release():
+                raise OSError("something of it is still being read or written")
+            volume.renew(open_store(volume.spec))
+        elif not volume.map.is_open or (volume.map.is_damaged and not volume.is_filling):
+            rebuild_map(volume)

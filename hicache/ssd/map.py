@@ -1,0 +1,319 @@
+"""The map: which page lies in which file slot, in SQLite beside the data files.
+
+The order of writes is what makes a crash harmless at any instant, and it is kept by whoever calls this:
+
+    1. a page's bytes are written whole, then synced
+    2. one transaction names it here
+    3. a page that leaves is deleted here, and only then is its slot given to another
+
+So what the map names is whole, and the rest is free space. (A power cut may undo the last transactions, since a commit
+is not synced: then a row may name a slot that has been reused. Its checksum, which is bound to the page's name, tells.)
+
+Transactions are short, so that the log stays below 12 MiB. Except for `open`, everything runs on one thread. Errors are
+SQLite's own, and `is_damage` tells a file that is broken from a disk that is.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache.ssd.directory import FORMAT
+from radix import KEY_NBYTES
+
+TRANSACTION_ROWS: Final = 1024
+"""At most so many rows change in one transaction; each dirties a page of the table and one of the key index at worst,
+so 8 MiB of log, on top of what the checkpoint before has left."""
+
+_LOG_NBYTES: Final = 4 << 20
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS pages(slot INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, parent BLOB NOT NULL,
+    depth INTEGER NOT NULL, checksum INTEGER NOT NULL, last_use INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+"""
+_COLUMNS: Final = "slot, key, parent, depth, checksum, last_use"
+_DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
+
+Int64Array = NDArray[np.int64]
+
+
+class ForeignMap(Exception):  # noqa: N818 - named for what was found
+    """The map belongs to another namespace, format or geometry than the folder it lies in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the map of a folder must say of itself."""
+
+    namespace: str
+    page_nbytes: int
+    slot_nbytes: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PageRows:
+    """Rows of the map, one array a column: int64[n]; keys and parents as blobs of 32 bytes a page."""
+
+    slots: Int64Array
+    keys: bytes
+    parents: bytes
+    depths: Int64Array
+    checksums: NDArray[np.uint64]
+    last_uses: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def take(self, order: Int64Array) -> PageRows:
+        """These of the rows, in this order."""
+        keys = np.frombuffer(self.keys, np.uint64).reshape(-1, 4)
+        parents = np.frombuffer(self.parents, np.uint64).reshape(-1, 4)
+        return PageRows(
+            self.slots[order],
+            keys[order].tobytes(),
+            parents[order].tobytes(),
+            self.depths[order],
+            self.checksums[order],
+            self.last_uses[order],
+        )
+
+
+NO_SLOTS: Final = np.empty(0, np.int64)
+NO_ROWS: Final = PageRows(NO_SLOTS, b"", b"", NO_SLOTS, NO_SLOTS.view(np.uint64), NO_SLOTS)
+
+
+def joined(parts: Sequence[PageRows]) -> PageRows:
+    """All rows of several runs, in order."""
+    if not parts:
+        return NO_ROWS
+    return PageRows(
+        np.concatenate([part.slots for part in parts]),
+        b"".join(part.keys for part in parts),
+        b"".join(part.parents for part in parts),
+        np.concatenate([part.depths for part in parts]),
+        np.concatenate([part.checksums for part in parts]),
+        np.concatenate([part.last_uses for part in parts]),
+    )
+
+
+class Map:
+    """The map of one store; made if it is not there.
+
+    is_damaged: something could not be read, and was passed over. The map should be made anew.
+    Raises ForeignMap, sqlite3.Error, OSError.
+    """
+
+    def __init__(self, folder: Path, identity: Identity) -> None:
+        self.is_damaged = False
+        self.is_open = True
+        self.path = folder / "map.db"
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            self._db.text_factory = bytes
+            for pragma in (
+                "locking_mode=EXCLUSIVE",
+                "journal_mode=WAL",
+                "synchronous=NORMAL",
+                "wal_autocheckpoint=256",
+                f"journal_size_limit={_LOG_NBYTES}",
+            ):
+                self._db.execute(f"PRAGMA {pragma}").close()
+            self._db.executescript(_SCHEMA)
+            self._check(identity)
+            self._inode = os.stat(self.path)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _check(self, identity: Identity) -> None:
+        expected: dict[str, str | int] = {
+            "format": FORMAT,
+            "namespace": identity.namespace,
+            "page_nbytes": identity.page_nbytes,
+            "slot_nbytes": identity.slot_nbytes,
+        }
+        if self.note("format") is None and not self.is_damaged:
+            self._in_transaction(lambda: self._set_notes(expected))
+        for name, value in expected.items():
+            found = self.note(name)
+            if found != value and not self.is_damaged:
+                raise ForeignMap(f"{self.path} says {name} = {found!r}, not {value!r}")
+
+    # ---- notes ----
+
+    def note(self, name: str) -> str | int | None:
+        """A value of the table `meta`; None if there is none, or if it cannot be read."""
+        try:
+            row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        except sqlite3.Error as error:
+            self._pass_over(error)
+            return None
+        if row is None:
+            return None
+        return row[0].decode(errors="replace") if isinstance(row[0], bytes) else row[0]
+
+    def set_note(self, name: str, value: str | int) -> None:
+        self._set_notes({name: value})
+
+    def _set_notes(self, notes: Mapping[str, str | int]) -> None:
+        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes.items())
+
+    # ---- changes ----
+
+    def apply(self, deleted: Int64Array, saved: PageRows, touched: tuple[Int64Array, Int64Array], clock: int) -> None:
+        """One transaction: delete these slots, then name these pages, then note (slots, last uses) of others."""
+        self._in_transaction(lambda: self._apply(deleted, saved, touched, clock))
+        if os.stat(f"{self.path}-wal").st_size > _LOG_NBYTES:
+            self.checkpoint()
+
+    def _apply(self, deleted: Int64Array, saved: PageRows, touched: tuple[Int64Array, Int64Array], clock: int) -> None:
+        self._db.executemany("DELETE FROM pages WHERE slot = ?", zip(deleted.tolist()))
+        rows = zip(
+            saved.slots.tolist(),
+            _split(saved.keys),
+            _split(saved.parents),
+            saved.depths.tolist(),
+            saved.checksums.view(np.int64).tolist(),
+            saved.last_uses.tolist(),
+            strict=True,
+        )
+        self._db.executemany(f"INSERT OR REPLACE INTO pages({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        slots, last_uses = touched
+        uses = zip(last_uses.tolist(), slots.tolist(), strict=True)
+        self._db.executemany("UPDATE pages SET last_use = ? WHERE slot = ?", uses)
+        self.set_note("clock", clock)
+
+    def delete_beyond(self, n_slots: int) -> int:
+        """Forget rows of slots outside 0 .. n_slots, as far as they can be read. Returns how many there were."""
+        beyond = "SELECT slot FROM pages WHERE slot < 0 OR slot >= ? LIMIT ?"
+        n_deleted = 0
+        try:
+            while slots := self._db.execute(beyond, (n_slots, TRANSACTION_ROWS)).fetchall():
+                self.delete([slot for (slot,) in slots])
+                n_deleted += len(slots)
+        except sqlite3.Error as error:
+            self._pass_over(error)
+        return n_deleted
+
+    def delete(self, slots: Sequence[int]) -> None:
+        """Forget the rows of these slots, in one transaction: at most `TRANSACTION_ROWS`."""
+        self._in_transaction(lambda: self._db.executemany("DELETE FROM pages WHERE slot = ?", zip(slots)))
+
+    def delete_all(self) -> None:
+        self._db.execute("DELETE FROM pages")
+        self.checkpoint()
+
+    def _in_transaction(self, work: Callable[[], object]) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            work()
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _pass_over(self, error: sqlite3.Error) -> None:
+        if not is_damage(error):
+            raise error
+        self.is_damaged = True
+
+    # ---- look-ups ----
+
+    def between(self, first: int, end: int) -> tuple[PageRows, Int64Array]:
+        """The rows of the slots first .. end, and the slots of those that make no sense by themselves.
+
+        Where the range cannot be read, each row is tried by itself.
+        """
+        wanted = f"SELECT {_COLUMNS} FROM pages WHERE slot >= ? AND slot < ?"
+        try:
+            return _columns(self._db.execute(wanted, (first, end)))
+        except sqlite3.Error as error:
+            self._pass_over(error)
+        if end - first == 1:
+            return NO_ROWS, NO_SLOTS
+        found = [self.between(slot, slot + 1) for slot in range(first, end)]
+        return joined([rows for rows, _ in found]), np.concatenate([unsound for _, unsound in found])
+
+    def page(self, key: bytes) -> PageRows:
+        """The row of one page; none if it cannot be read."""
+        try:
+            return _columns(self._db.execute(f"SELECT {_COLUMNS} FROM pages WHERE key = ?", (key,)))[0]
+        except sqlite3.Error as error:
+            self._pass_over(error)
+            return NO_ROWS
+
+    # ---- the file ----
+
+    def is_in_place(self) -> bool:
+        """Whether the map's path still leads to the file that is open."""
+        try:
+            return os.path.samestat(os.stat(self.path), self._inode)
+        except FileNotFoundError:
+            return False
+
+    def checkpoint(self) -> None:
+        """Move the log into the map, and empty it."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def close(self) -> None:
+        """The log goes with it, if the disk allows."""
+        self.is_open = False
+        self._db.close()
+
+
+def delete_map(folder: Path) -> None:
+    """Remove a map that is not open. Raises OSError."""
+    for name in ("map.db", "map.db-wal", "map.db-shm", "map.db-journal"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the file is broken, rather than what it lies on."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+
+
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY_NBYTES] for at in range(0, len(keys), KEY_NBYTES)]
+
+
+def _columns(rows: Iterable[tuple[object, ...]]) -> tuple[PageRows, Int64Array]:
+    found = list(rows)
+    sound = [row for row in found if _is_sound(row)]
+    unsound = [row[0] for row in found if not _is_sound(row)] if len(sound) < len(found) else []
+    if not sound:
+        return NO_ROWS, np.array(unsound, np.int64)
+    slots, keys, parents, depths, checksums, last_uses = zip(*sound, strict=True)
+    rows_by_column = PageRows(
+        np.array(slots, np.int64),
+        b"".join(keys),
+        b"".join(parents),
+        np.array(depths, np.int64),
+        np.array(checksums, np.int64).view(np.uint64),
+        np.array(last_uses, np.int64),
+    )
+    return rows_by_column, np.array(unsound, np.int64)
+
+
+def _is_sound(row: tuple[object, ...]) -> bool:
+    """Whether each value has its column's type and length; SQLite gives whatever a damaged file holds."""
+    _, key, parent, depth, checksum, last_use = row
+    return (
+        isinstance(key, bytes)
+        and len(key) == KEY_NBYTES
+        and isinstance(parent, bytes)
+        and len(parent) == KEY_NBYTES
+        and isinstance(depth, int)
+        and 0 <= depth < 1 << 31
+        and isinstance(checksum, int)
+        and isinstance(last_use, int)
+        and last_use >= 0
+    )

@@ -1,0 +1,393 @@
+"""The books of a store, in memory: which page is in which file slot, who reads or writes it, and who goes first.
+
+Tier and map both follow from them. A slot is, at any moment, exactly one of
+
+    free       to be given to a page
+    incoming   given to a page whose bytes are being written; not visible
+    resident   holds a page, which can be found and read
+    dying      held a page that has left; another may have it when its deletion is in the map, and nobody reads it
+
+and `free + incoming + resident + dying == slots of the existing segments`. Residency, leases and the order of eviction
+are those of a private `radix.Index`, with the file slots as the slots of its host tier.
+
+What the map has still to learn is kept as flags a slot, not as a list of events: a commit takes what is true at that
+moment, so events cannot overtake each other.
+
+All of this is numpy and dictionary work of microseconds, and none of it blocks. Who calls it holds the volume's lock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache.ssd.map import NO_SLOTS, Int64Array, PageRows
+from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
+from transfer.slots import SlotAllocator
+
+Slots = NDArray[np.int32]
+
+ROOT_KEY: Final = bytes(KEY_NBYTES)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Read:
+    """Pages that are being read: leased, and their slots kept. One array a column, in path order."""
+
+    rows: Rows
+    slots: Slots
+    checksums: NDArray[np.uint64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Changes:
+    """What a commit takes to the map."""
+
+    deleted: Int64Array
+    saved: PageRows
+    touched: tuple[Int64Array, Int64Array]
+    """Slots, and when they were last used."""
+    clock: int
+
+    def __len__(self) -> int:
+        return len(self.deleted) + len(self.saved) + len(self.touched[0])
+
+
+class Pages:
+    """n_slots: as many as may ever exist; none does before `fill` or `add_slots`. eviction: a policy of `radix`."""
+
+    def __init__(self, n_slots: int, eviction: str) -> None:
+        self.n_slots = n_slots
+        self.n_live = 0
+        self.n_dying = 0
+        self.clock = 1
+        self.index = Index(min(2 * n_slots + 4096, 2**30 - 1), n_tiers=2, policies={HOST: eviction})
+        self._free = SlotAllocator(n_slots)
+        self._free.take(n_slots)
+        self._row = np.full(n_slots, -1, np.int32)
+        self._checksum = np.zeros(n_slots, np.uint64)
+        self._last_use = np.zeros(n_slots, np.int64)
+        self._n_readers = np.zeros(n_slots, np.int32)
+        self._unsaved = np.zeros(n_slots, np.bool_)
+        self._touched = np.zeros(n_slots, np.bool_)
+        self._condemned = np.zeros(n_slots, np.bool_)
+        self._lingering = np.zeros(n_slots, np.bool_)
+        self._dying: deque[Slots] = deque()
+        self._left: NDArray[np.bool_] | None = None
+
+    @property
+    def n_free(self) -> int:
+        return self._free.n_free
+
+    @property
+    def n_resident(self) -> int:
+        return self.index.count(HOST, State.RESIDENT)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether nothing is being read or written."""
+        return not self._n_readers.any() and self.index.count(HOST, State.INCOMING) == 0
+
+    # ---- finding and reading ----
+
+    def n_found(self, keys: bytes) -> int:
+        """How many pages at the head of `keys` are resident."""
+        return self.index.resident_prefix(self.index.match(keys), HOST)
+
+    def begin_read(self, keys: bytes) -> Read:
+        """Claim the resident pages at the head of `keys`, and make them and those above them the last to go."""
+        rows = self.index.match(keys)
+        rows = rows[: self.index.resident_prefix(rows, HOST)]
+        self._use(rows)
+        self.index.lease(rows)
+        slots = self.index.slots(rows)
+        self._n_readers[slots] += 1
+        return Read(rows, slots, self._checksum.take(slots))
+
+    def end_read(self, read: Read, damaged: NDArray[np.bool_]) -> int:
+        """Release a claim. Pages found damaged leave. Returns how many did, that no other reader had found before."""
+        self._n_readers[read.slots] -= 1
+        ended = read.slots[self._lingering[read.slots] & (self._n_readers[read.slots] == 0)]
+        self._lingering[ended] = False
+        self._give(ended)
+        n_left = 0
+        if damaged.any():
+            rows, slots = read.rows[damaged], read.slots[damaged]
+            still = (self.index.states(rows, HOST) == State.RESIDENT) & (self.index.slots(rows) == slots)
+            n_left = self._leave(rows[still])
+        self.index.release(read.rows)
+        return n_left
+
+    def touch(self, key: bytes) -> None:
+        self._use(self.index.match(key))
+
+    def _use(self, rows: Rows) -> None:
+        """These pages of one path, and all above them, are in use."""
+        if not len(rows):
+            return
+        self._tick()
+        path = self.index.path(int(rows[-1]))
+        self.index.touch(path)
+        slots = self.index.slots(path)
+        slots = slots[slots >= 0]
+        self._last_use[slots] = self.clock
+        self._touched[slots] = True
+
+    def _tick(self) -> None:
+        self.clock += 1
+        self.index.tick()
+
+    # ---- writing ----
+
+    def hold(self, keys: bytes, parent: bytes) -> Rows | None:
+        """Lease a row for each page of a run, in use now; None if its parent is not here, or if there are no rows left.
+
+        The parent may be incoming. `let_go` the rows when they have been stored, or not.
+        """
+        above = ROOT
+        if parent != ROOT_KEY:
+            found = self.index.match(parent)
+            if not len(found) or self.index.states(found, HOST)[0] == State.ABSENT:
+                return None
+            above = int(found[0])
+        try:
+            rows = self.index.insert(keys, above)
+        except (IndexFull, ValueError):
+            return None
+        self.index.lease(rows)
+        self._use(rows)
+        return rows
+
+    def let_go(self, rows: Rows) -> None:
+        self.index.release(rows)
+
+    def states(self, rows: Rows) -> NDArray[np.uint8]:
+        return self.index.states(rows, HOST)
+
+    def evict(self, n: int) -> int:
+        """Let up to n pages leave, by the policy: never what is leased, nor what was used last. Returns how many."""
+        evicted = self.index.evict(n, HOST)
+        self._forget(evicted.slots)
+        return len(evicted.slots)
+
+    def begin_write(self, rows: Rows) -> Slots:
+        """Give slots to these absent pages, no more than are free; ascending, so that neighbours go in one write."""
+        taken = self._free.take(len(rows))
+        assert taken is not None, f"{len(rows)} slots were asked for, {self.n_free} are free"
+        slots = np.sort(taken)
+        self.index.begin(rows, HOST, slots)
+        self._row[slots] = rows
+        return slots
+
+    def end_write(self, rows: Rows, checksums: NDArray[np.uint64]) -> int:
+        """The bytes of these incoming pages are in their slots. Returns how many are kept: deleted ones are not."""
+        slots = self.index.slots(rows)
+        condemned = self._condemned[slots]
+        self._condemned[slots] = False
+        kept, slots = rows[~condemned], slots[~condemned]
+        self._checksum[slots] = checksums[~condemned]
+        self._last_use[slots] = self.clock
+        self._unsaved[slots] = True
+        self.index.commit(kept, HOST)
+        self.abort_write(rows[condemned])
+        return len(kept)
+
+    def abort_write(self, rows: Rows) -> None:
+        """The bytes of these incoming pages are not in their slots, or not wanted."""
+        slots = self.index.abort(rows, HOST)
+        self._row[slots] = -1
+        self._touched[slots] = False
+        self._condemned[slots] = False
+        self._give(slots)
+
+    # ---- leaving ----
+
+    def delete(self, keys: bytes) -> int:
+        """Let these pages leave, in any order. Returns how many were resident. One being written will not be kept."""
+        n_left, at = 0, 0
+        while at < len(keys):
+            rows = self.index.match(keys[at:])
+            n_left += self._leave_or_condemn(rows)
+            at += KEY_NBYTES * max(1, len(rows))
+        return n_left
+
+    def delete_slots(self, first: int, end: int) -> int:
+        """The same for all pages in the slots first .. end."""
+        rows = self._row[first:end]
+        return self._leave_or_condemn(rows[rows >= 0])
+
+    def _leave_or_condemn(self, rows: Rows) -> int:
+        states = self.index.states(rows, HOST)
+        self._condemned[self.index.slots(rows[states == State.INCOMING])] = True
+        return self._leave(rows[states == State.RESIDENT])
+
+    def _leave(self, rows: Rows) -> int:
+        self._forget(self.index.drop(rows, HOST))
+        return len(rows)
+
+    def _forget(self, slots: Slots) -> None:
+        self._row[slots] = -1
+        self._unsaved[slots] = False
+        self._touched[slots] = False
+        if self._left is not None:
+            self._left[slots] = True
+        if len(slots):
+            self._dying.append(slots)
+            self.n_dying += len(slots)
+
+    def _give(self, slots: Slots) -> None:
+        self._free.give(np.sort(slots))
+
+    # ---- what the map is told ----
+
+    def changes(self, limit: int) -> Changes:
+        """Take at most `limit` changes that the map does not know. Answer with `committed` or `uncommitted`."""
+        deleted = self._take_dying(limit)
+        saved = np.flatnonzero(self._unsaved)[: limit - len(deleted)]
+        self._unsaved[saved] = False
+        self._touched[saved] = False
+        touched = np.flatnonzero(self._touched)[: limit - len(deleted) - len(saved)]
+        self._touched[touched] = False
+        return Changes(deleted, self._rows_of(saved), (touched, self._last_use[touched]), self.clock)
+
+    def committed(self, deleted: Int64Array) -> None:
+        """The map does not name these slots any more, which `changes` said were to be deleted."""
+        self.n_dying -= len(deleted)
+        slots = deleted.astype(np.int32)
+        read = self._n_readers[slots] > 0
+        self._lingering[slots[read]] = True
+        self._give(slots[~read])
+
+    def uncommitted(self, changes: Changes) -> None:
+        """The map has learnt nothing."""
+        if len(changes.deleted):
+            self._dying.appendleft(changes.deleted.astype(np.int32))
+        for slots, flags in ((changes.saved.slots, self._unsaved), (changes.touched[0], self._touched)):
+            flags[slots[self._row[slots] >= 0]] = True
+
+    def save_all(self) -> None:
+        """The map has been made anew: it knows nothing."""
+        resident = np.flatnonzero(self._row >= 0)
+        states = self.index.states(self._row[resident], HOST)
+        self._unsaved[resident[states == State.RESIDENT]] = True
+
+    def _take_dying(self, limit: int) -> Int64Array:
+        taken: list[Slots] = []
+        n_taken = 0
+        while self._dying and n_taken < limit:
+            slots = self._dying.popleft()
+            taken.append(slots[: limit - n_taken])
+            if len(slots) > limit - n_taken:
+                self._dying.appendleft(slots[limit - n_taken :])
+            n_taken += len(taken[-1])
+        return np.concatenate(taken).astype(np.int64) if taken else NO_SLOTS
+
+    def _rows_of(self, slots: Int64Array) -> PageRows:
+        rows = self._row[slots]
+        above = self.index.parents(rows)
+        parents = np.frombuffer(self.index.keys_of(np.maximum(above, 0)), np.uint64).reshape(-1, 4).copy()
+        parents[above == ROOT] = 0
+        return PageRows(
+            slots,
+            self.index.keys_of(rows),
+            parents.tobytes(),
+            self.index.depths(rows).astype(np.int64),
+            self._checksum[slots],
+            self._last_use[slots],
+        )
+
+    # ---- slots come into being ----
+
+    def add_slots(self, n_live: int) -> None:
+        """The slots up to `n_live` exist now, and the new ones are free."""
+        self._give(np.arange(self.n_live, n_live, dtype=np.int32))
+        self.n_live = n_live
+
+    def begin_fill(self, n_live: int, clock: int) -> None:
+        """The slots up to `n_live` exist, and what they hold is still to be read from the map: none is free.
+
+        May begin anew, if a fill broke off.
+        """
+        self.n_live = n_live
+        self.clock = max(self.clock, clock)
+        if self._left is None:
+            self._left = np.zeros(self.n_slots, np.bool_)
+
+    def adopt(self, found: PageRows) -> Int64Array:
+        """Pages that the map names, parents before children, are resident. Returns the slots whose rows are wrong.
+
+        Those that are known, or have left since the fill began, are passed over. Wrong is a page whose parent is not
+        here, or that claims another's slot or is said to be in two.
+        """
+        assert self._left is not None, "nothing is being filled"
+        slots = found.slots
+        fresh = ~self._left[slots] & (self._row[slots] < 0)
+        rows = self.index.insert_pages(found.keys, found.parents)
+        absent = self.index.states(np.maximum(rows, 0), HOST) == State.ABSENT
+        first = np.zeros(len(rows), np.bool_)
+        first[np.unique(rows, return_index=True)[1]] = True
+        good = fresh & first & absent & (rows >= 0)
+        admitted, at = rows[good], slots[good]
+        self.index.begin(admitted, HOST, at.astype(np.int32))
+        self.index.commit(admitted, HOST)
+        self._row[at] = admitted
+        self._checksum[at] = found.checksums[good]
+        self._last_use[at] = found.last_uses[good]
+        self.index.forget(rows[~good & (rows >= 0)])
+        wrong: Int64Array = slots[fresh & ~good]
+        return wrong
+
+    def free_unused(self, first: int, end: int) -> None:
+        """All that the map names is here: the other slots of first .. end are free."""
+        assert self._left is not None, "nothing is being filled"
+        unused = (self._row[first:end] < 0) & ~self._left[first:end]
+        self._give((first + np.flatnonzero(unused)).astype(np.int32))
+
+    def end_fill(self) -> None:
+        self._left = None
+
+    def make_newest(self, slots: Int64Array, used_before: int) -> None:
+        """Pages in these slots become the last to go, the last of them last of all, unless used at a later time.
+
+        When they were last used stays as it was.
+        """
+        rows = self._row[slots[self._last_use[slots] < used_before]]
+        self.index.touch(np.ascontiguousarray(rows[rows >= 0][::-1]))
+        self.index.tick()
+
+    def used_since(self, clock: int) -> Int64Array:
+        """The slots of pages used at `clock` or later, the first used first, of equal last use the deepest first.
+
+        The scan may run without the lock: what is used meanwhile may be missing.
+        """
+        slots = np.flatnonzero((self._row >= 0) & (self._last_use >= clock))
+        depths = self.index.depths(self._row[slots])
+        order: Int64Array = np.lexsort((-depths, self._last_use[slots]))
+        return slots[order]
+
+    # ---- the whole ----
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError that names what is broken. Scans everything: for tests."""
+        self.index.check_invariants()
+        self._free.check_invariants()
+        n_incoming = self.index.count(HOST, State.INCOMING)
+        n_lingering = int(np.count_nonzero(self._lingering))
+        total = self.n_free + n_incoming + self.n_resident + self.n_dying + n_lingering
+        assert total == self.n_live, (
+            f"slots are not conserved: {self.n_free} free + {n_incoming} incoming + {self.n_resident} resident + "
+            f"{self.n_dying + n_lingering} dying is {total}, the segments have {self.n_live}"
+        )
+        used = np.flatnonzero(self._row >= 0)
+        assert np.array_equal(self.index.slots(self._row[used]), used), "a slot's row has another slot"
+        assert len(used) == n_incoming + self.n_resident, "a page with a slot is not that slot's"
+        for flags, name in ((self._unsaved, "unsaved"), (self._touched, "touched")):
+            assert (self._row[flags] >= 0).all(), f"a slot is {name} and holds no page"
+        assert (self._n_readers >= 0).all(), "a slot has fewer than no readers"

@@ -1,0 +1,242 @@
+"""Stores: slab slots to file slots, and the queue of those that wait for room.
+
+A batch starts at once if free slots are there for all of its new pages. Otherwise pages leave, or a segment is added,
+and the batch waits until the keeper has written that down, with all later ones behind it, so that parents go before
+their children. What waits or is being written is bounded in bytes; beyond it a store answers at once that it took less.
+
+A page is written once: a batch that has pages which another is just writing waits for that write.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+
+import numpy as np
+
+from hicache.ssd.checksum import checksum, seeds
+from hicache.ssd.pages import Slots
+from hicache.ssd.volume import Volume
+from hicache.ssd.workers import Work
+from hicache.tier import Batch, TierError
+from radix import KEY_NBYTES, Rows, State
+
+_NO_ROWS: Rows = np.empty(0, np.int32)
+
+
+class Storing:
+    """One batch on its way: the first `n_pages` of it."""
+
+    def __init__(self, batch: Batch, n_pages: int, nbytes: int, future: Future[int]) -> None:
+        self.keys = batch.keys[: KEY_NBYTES * n_pages]
+        self.parent = batch.parents[:KEY_NBYTES]
+        self.slab_slots = batch.slots[:n_pages]
+        self.nbytes = nbytes
+        self.rows = _NO_ROWS
+        self.n_left = 0
+        self.n_stored = 0
+        self.error: Exception | None = None
+        self._future = future
+
+    def answer(self, store: str) -> None:
+        """Never under a lock: whoever waits for the future may be called by this."""
+        if self.error is None:
+            self._future.set_result(self.n_stored)
+        else:
+            self._future.set_exception(TierError(f"{store} could not be written: {self.error}"))
+
+
+class Stores:
+    """All stores of one volume. wake: makes the keeper look for work; called without a lock."""
+
+    def __init__(self, volume: Volume, max_queued_nbytes: int, wake: Callable[[], None]) -> None:
+        self._volume = volume
+        self._max_queued_nbytes = max_queued_nbytes
+        self._queued_nbytes = 0
+        self._wake = wake
+        self._waiting: deque[Storing] = deque()
+        self._writing: dict[int, _WritePiece] = {}
+
+    @property
+    def queued_nbytes(self) -> int:
+        """Bytes that wait for room or for the disk, or are being written."""
+        return self._queued_nbytes
+
+    @property
+    def slot_nbytes(self) -> int:
+        return self._volume.geometry.slot_nbytes
+
+    @property
+    def n_waiting(self) -> int:
+        """Batches that wait for room."""
+        return len(self._waiting)
+
+    def ask(self, batch: Batch, future: Future[int]) -> None:
+        """Start the batch or let it wait. Does not block."""
+        slot_nbytes = self.slot_nbytes
+        with self._volume.lock:
+            n_known = self._volume.pages.n_found(batch.keys)
+            n_new = min(len(batch) - n_known, (self._max_queued_nbytes - self._queued_nbytes) // slot_nbytes)
+            self._volume.counters.skipped_pressure += len(batch) - n_known - n_new
+            storing = Storing(batch, n_known + n_new, n_new * slot_nbytes, future)
+            self._queued_nbytes += storing.nbytes
+            must_wait = bool(self._waiting) or self._volume.is_filling
+            pieces = None if must_wait else self._start(storing)
+            if pieces is None:
+                self._waiting.append(storing)
+        if pieces is None:
+            self._wake()
+        else:
+            self._go(storing, pieces)
+
+    def resume(self) -> None:
+        """Start what waits, as far as there is room. On the keeper's thread."""
+        while True:
+            with self._volume.lock:
+                if not self._waiting or self._volume.is_filling:
+                    return
+                storing = self._waiting[0]
+                pieces = self._start(storing)
+                if pieces is None:
+                    return
+                self._waiting.popleft()
+            self._go(storing, pieces)
+
+    def withdraw(self) -> None:
+        """Answer those that wait: nothing of them is stored."""
+        with self._volume.lock:
+            withdrawn = list(self._waiting)
+            self._waiting.clear()
+            self._queued_nbytes -= sum(storing.nbytes for storing in withdrawn)
+        for storing in withdrawn:
+            storing.answer(self._name)
+
+    @property
+    def _name(self) -> str:
+        return str(self._volume.spec.folder.path)
+
+    def _go(self, storing: Storing, pieces: list[_WritePiece]) -> None:
+        self._volume.workers.submit(pieces)
+        if not pieces and not storing.n_left:
+            storing.answer(self._name)
+
+    # ---- under the lock ----
+
+    def _start(self, storing: Storing) -> list[_WritePiece] | None:
+        """Claim rows and slots for a batch. Returns what is to be written; None if it has to wait for room."""
+        pages, counters = self._volume.pages, self._volume.counters
+        rows = pages.hold(storing.keys, storing.parent) if len(storing.slab_slots) else _NO_ROWS
+        if rows is None:
+            counters.orphans += len(storing.slab_slots)
+            rows = _NO_ROWS
+        states = pages.states(rows)
+        absent = np.flatnonzero(states == State.ABSENT)
+        if len(absent) > pages.n_free and self._makes_room(len(absent) - pages.n_free):
+            pages.let_go(rows)
+            return None
+        n_taken = int(absent[pages.n_free]) if len(absent) > pages.n_free else len(rows)
+        absent = absent[: pages.n_free]
+        counters.skipped_full += len(rows) - n_taken
+        counters.deduplicated += n_taken - len(absent)
+        pages.let_go(rows[n_taken:])
+        storing.rows = rows[:n_taken]
+        self._join(storing, storing.rows[states[:n_taken] == State.INCOMING])
+        pieces = self._pieces(storing, absent)
+        storing.n_left += len(pieces)
+        if not storing.n_left:
+            self._settle(storing)
+        return pieces
+
+    def _makes_room(self, n_short: int) -> bool:
+        """Whether waiting will bring slots: a new segment, or pages that leave now or have left."""
+        pages = self._volume.pages
+        if self._volume.may_grow:
+            self._volume.wants_growth = True
+            return True
+        if pages.n_dying:
+            return True
+        n_wanted = sum(len(storing.slab_slots) for storing in self._waiting)
+        n_evicted = pages.evict(max(n_short, min(n_wanted, pages.n_live // 8)))
+        self._volume.counters.evicted += n_evicted
+        return n_evicted > 0
+
+    def _join(self, storing: Storing, incoming: Rows) -> None:
+        """Wait for the pieces that are writing these pages already."""
+        pieces = {self._writing[row] for row in incoming.tolist()}
+        for piece in pieces:
+            piece.waiters.append(storing)
+        storing.n_left += len(pieces)
+
+    def _pieces(self, storing: Storing, positions: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[_WritePiece]:
+        rows = storing.rows[positions]
+        file_slots = self._volume.pages.begin_write(rows)
+        slab_slots = storing.slab_slots[positions]
+        page_seeds = seeds(storing.keys, self._volume.seed)[positions]
+        pieces = []
+        step = self._volume.piece_pages
+        for at in range(0, len(rows), step):
+            span = slice(at, at + step)
+            piece = _WritePiece(self, rows[span], file_slots[span], slab_slots[span], page_seeds[span].tolist())
+            piece.waiters.append(storing)
+            self._writing.update(dict.fromkeys(piece.rows.tolist(), piece))
+            pieces.append(piece)
+        return pieces
+
+    def _settle(self, storing: Storing) -> None:
+        states = self._volume.pages.states(storing.rows)
+        missing = states != State.RESIDENT
+        storing.n_stored = int(missing.argmax()) if missing.any() else len(states)
+        self._volume.pages.let_go(storing.rows)
+        self._queued_nbytes -= storing.nbytes
+
+    # ---- on an I/O thread ----
+
+    def write(self, piece: _WritePiece) -> None:
+        """Blocks. Raises OSError."""
+        sums = zip(piece.slab_slots.tolist(), piece.seeds, strict=True)
+        piece.checksums = np.array([checksum(self._volume.payload(slot), seed) for slot, seed in sums], np.uint64)
+        self._volume.files.write(piece.file_slots, piece.slab_slots)
+
+    def ended(self, piece: _WritePiece) -> None:
+        with self._volume.lock:
+            if piece.error or piece.withdrawn:
+                self._volume.pages.abort_write(piece.rows)
+            else:
+                self._volume.counters.stored += self._volume.pages.end_write(piece.rows, piece.checksums)
+                self._volume.counters.written_nbytes += piece.nbytes
+            for row in piece.rows.tolist():
+                del self._writing[row]
+            ended = []
+            for storing in piece.waiters:
+                storing.n_left -= 1
+                storing.error = storing.error or piece.error
+                if not storing.n_left:
+                    self._settle(storing)
+                    ended.append(storing)
+        if piece.error:
+            self._volume.write_failed(piece.error)
+        for storing in ended:
+            storing.answer(self._name)
+
+
+class _WritePiece(Work):
+    """Some pages of a batch. waiters: the batches that have them, the one that brought them first."""
+
+    is_read = False
+
+    def __init__(self, stores: Stores, rows: Rows, file_slots: Slots, slab_slots: Slots, page_seeds: list[int]) -> None:
+        self._stores = stores
+        self.rows = rows
+        self.file_slots = file_slots
+        self.slab_slots = slab_slots
+        self.seeds = page_seeds
+        self.nbytes = len(rows) * stores.slot_nbytes
+        self.checksums = np.empty(0, np.uint64)
+        self.waiters: list[Storing] = []
+
+    def run(self) -> None:
+        self._stores.write(self)
+
+    def finish(self) -> None:
+        self._stores.ended(self)

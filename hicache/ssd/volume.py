@@ -1,0 +1,210 @@
+"""An open store: its folder and locks, its data files, map and books, and what is known of the disk's health.
+
+One lock guards the books (`pages`), the counters and the flags here. It is held for some ten microseconds at a time,
+never over I/O, SQLite or another lock: decide under the lock, act outside it. `files` may be used by every I/O thread,
+`map` by the keeper's thread only.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache.ssd.breaker import Breaker
+from hicache.ssd.checksum import namespace_seed
+from hicache.ssd.counters import Counters
+from hicache.ssd.directory import StoreFolder
+from hicache.ssd.locks import Lock
+from hicache.ssd.map import Identity, Map
+from hicache.ssd.pages import Pages
+from hicache.ssd.sizes import Geometry
+from hicache.ssd.workers import Workers
+from transfer.files import ALIGNMENT_NBYTES, SegmentFiles, System
+
+logger = logging.getLogger(__name__)
+
+PIECE_NBYTES = 2 << 20
+PIECE_PAGES = 64
+"""One I/O thread moves at most so much before it takes the next piece of work."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spec:
+    """What a store is opened with, again and again if it is deleted under us. See `SsdTier.open`."""
+
+    path: Path
+    folder: StoreFolder
+    identity: Identity
+    slab: NDArray[np.uint8]
+    limit_nbytes: int
+    server: str
+    eviction: str
+    system: System
+
+    @property
+    def n_members(self) -> int:
+        return self.folder.n_ranks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Opened:
+    """What is open of a store. Belongs to the volume, which closes it. Closing it again does nothing."""
+
+    geometry: Geometry
+    locks: tuple[Lock, Lock]
+    files: SegmentFiles
+    map: Map
+
+    def close(self) -> None:
+        """Raises sqlite3.Error, OSError; the locks are released all the same."""
+        try:
+            self.map.close()
+            self.files.close()
+        finally:
+            for lock in self.locks:
+                lock.release()
+
+
+class Volume:
+    """See the module's text."""
+
+    def __init__(self, spec: Spec, opened: Opened, workers: Workers, clock: Callable[[], float]) -> None:
+        self.spec = spec
+        self.lock = threading.Lock()
+        self.workers = workers
+        self.clock = clock
+        self.counters = Counters()
+        self.reads = Breaker(clock)
+        self.writes = Breaker(clock)
+        self.seed = namespace_seed(spec.identity.namespace)
+        self.memory: memoryview = spec.slab.reshape(-1).data
+        self.is_filling = True
+        self.wants_growth = False
+        self.grow_again_at_s = 0.0
+        self.opened = opened
+        self.pages = Pages(opened.geometry.n_slots, spec.eviction)
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.opened.geometry
+
+    @property
+    def files(self) -> SegmentFiles:
+        return self.opened.files
+
+    @property
+    def map(self) -> Map:
+        return self.opened.map
+
+    @property
+    def piece_pages(self) -> int:
+        return max(1, min(PIECE_PAGES, PIECE_NBYTES // self.geometry.slot_nbytes))
+
+    @property
+    def may_grow(self) -> bool:
+        """Whether another segment may be had. What the directory has no room for is asked for again after a while."""
+        return self.files.n_segments < self.geometry.max_segments and self.clock() >= self.grow_again_at_s
+
+    def payload(self, slab_slot: int) -> memoryview:
+        """The page in a slot of the slab."""
+        start = slab_slot * self.geometry.slot_nbytes
+        return self.memory[start : start + self.geometry.page_nbytes]
+
+    # ---- another store in the place of this one ----
+
+    def release(self) -> bool:
+        """Close the store and forget its pages. Returns False, with nothing changed, while one is read or written.
+
+        Until `renew` nothing is found here and nothing starts. Raises sqlite3.Error, OSError. Blocks.
+        """
+        empty = Pages(self.geometry.n_slots, self.spec.eviction)
+        with self.lock:
+            if not self.pages.is_quiet:
+                return False
+            self.pages, self.is_filling = empty, True
+        self.opened.close()
+        return True
+
+    def renew(self, opened: Opened) -> None:
+        """Go on with this store, which is still to be filled."""
+        pages = Pages(opened.geometry.n_slots, self.spec.eviction)
+        with self.lock:
+            self.opened, self.pages = opened, pages
+
+    def replace_map(self, new: Map) -> None:
+        self.opened = replace(self.opened, map=new)
+
+    # ---- failures ----
+
+    def read_failed(self, error: Exception) -> None:
+        with self.lock:
+            self.counters.read_errors += 1
+        self._trip(self.reads, f"cannot be read: {error}", reads=True)
+
+    def write_failed(self, error: Exception) -> None:
+        with self.lock:
+            self.counters.write_errors += 1
+        self._trip(self.writes, f"cannot be written: {error}", writes=True)
+
+    def map_failed(self, error: Exception) -> None:
+        with self.lock:
+            self.counters.map_errors += 1
+        self._trip(self.writes, f"has a map that cannot be used: {error}", writes=True)
+
+    def went_away(self, error: Exception) -> None:
+        """The folder is not what was opened any more: nothing of it may be served."""
+        self._trip(self.reads, f"is not usable any more: {error}", reads=True)
+        self._trip(self.writes, f"is not usable any more: {error}", writes=True)
+
+    @property
+    def ails(self) -> str:
+        """What is wrong; empty if nothing is."""
+        return self.reads.reason or self.writes.reason
+
+    def _trip(self, breaker: Breaker, what: str, *, reads: bool = False, writes: bool = False) -> None:
+        """The first failure is told; what waits for the disk is withdrawn."""
+        sentence = f"the store {self.spec.folder.path} {what}"
+        if breaker.trip(sentence):
+            logger.error("sgl_lmcache: SSD tier: %s; going on without it, and trying again", sentence)
+        self.workers.withdraw(reads=reads, writes=writes)
+
+    # ---- trials ----
+
+    def check_in_place(self) -> None:
+        """Raises OSError if the files that are open are not the ones that lie in the folder. Blocks."""
+        if not self.is_in_place():
+            raise OSError(errno.ESTALE, "it was deleted or replaced")
+
+    def is_in_place(self) -> bool:
+        """Whether the files that are open lie in the folder. Raises OSError if that cannot be told. Blocks."""
+        locked = all(lock.is_in_place() for lock in self.opened.locks)
+        return locked and self.map.is_in_place() and self.files.are_in_place()
+
+    def try_writes(self) -> None:
+        """Write, sync, read back and remove a file, and write to the map. Raises OSError, sqlite3.Error. Blocks."""
+        system, path = self.spec.system, self.spec.folder.path / "probe"
+        wanted = os.urandom(ALIGNMENT_NBYTES)
+        fd = system.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            found = bytearray(len(wanted))
+            system.pwritev(fd, [memoryview(wanted)], 0)
+            system.fdatasync(fd)
+            system.preadv(fd, [memoryview(found)], 0)
+            if found != wanted:
+                raise OSError(errno.EIO, "what was written did not come back")
+        finally:
+            system.close(fd)
+            system.unlink(path)
+        self.map.set_note("tried_at_tick", self.pages.clock)
+
+    def try_reads(self) -> None:
+        """Read the first block of the data files. Raises OSError. Blocks."""
+        self.files.try_read()

@@ -1,0 +1,190 @@
+"""The I/O threads and their queue: reads before writes, and writes on half of the threads at most.
+
+A piece of work has two halves: `run` moves bytes and may block for as long as the disk likes; `finish` keeps books and
+does not. Work that is withdrawn before a thread has taken it is finished without being run.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final
+
+logger = logging.getLogger(__name__)
+
+_FORGET_AT_S: Final = 4.0
+"""The speed is that of the last few seconds in which the disk was read."""
+
+
+class Work(ABC):
+    """Some neighbouring slots to be read or written. `error` says why they were not, `withdrawn` that nobody tried."""
+
+    is_read: bool
+    nbytes: int
+    error: Exception | None = None
+    withdrawn: bool = False
+
+    @abstractmethod
+    def run(self) -> None:
+        """On an I/O thread, without any lock. May raise."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """After `run`, or instead of it. Never blocks."""
+
+
+class Speed:
+    """Bytes a second, over the time in which at least one piece of work was under way."""
+
+    def __init__(self) -> None:
+        self._n_busy = 0
+        self._since_s = 0.0
+        self._busy_s = 0.0
+        self._nbytes = 0
+
+    def begin(self, now_s: float) -> None:
+        self._count(now_s)
+        self._n_busy += 1
+
+    def end(self, now_s: float, nbytes: int) -> None:
+        self._count(now_s)
+        self._n_busy -= 1
+        self._nbytes += nbytes
+        if self._busy_s > _FORGET_AT_S:
+            self._busy_s /= 2
+            self._nbytes //= 2
+
+    def _count(self, now_s: float) -> None:
+        if self._n_busy:
+            self._busy_s += now_s - self._since_s
+        self._since_s = now_s
+
+    def time_s(self, nbytes: int) -> float:
+        """How long that much takes; 0.0 if nothing has been measured."""
+        return nbytes * self._busy_s / self._nbytes if self._nbytes else 0.0
+
+
+class Workers:
+    """Daemon threads, so a hanging disk does not keep the interpreter alive. Any thread may call any method."""
+
+    def __init__(self, n_threads: int, clock: Callable[[], float]) -> None:
+        self.n_crashes = 0
+        self._clock = clock
+        self._max_writing = max(1, n_threads // 2)
+        self._n_writing = 0
+        self._reads: deque[Work] = deque()
+        self._writes: deque[Work] = deque()
+        self._under_way: dict[Work, float] = {}
+        self._stopped = False
+        self._speed = Speed()
+        self._changed = threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"sgl-lmcache-ssd-{i}", daemon=True) for i in range(n_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, work: Sequence[Work]) -> None:
+        """Queue these, all reads or all writes, behind others of their kind. Finished at once after `stop`."""
+        with self._changed:
+            stopped = self._stopped
+            if not stopped and work:
+                (self._reads if work[0].is_read else self._writes).extend(work)
+                self._changed.notify(len(work))
+        if stopped:
+            _withdraw(work)
+
+    def withdraw(self, *, reads: bool = True, writes: bool = True) -> None:
+        """Finish what no thread has taken yet, without running it."""
+        with self._changed:
+            queues = [queue for queue, wanted in ((self._reads, reads), (self._writes, writes)) if wanted]
+            withdrawn = [work for queue in queues for work in queue]
+            for queue in queues:
+                queue.clear()
+        _withdraw(withdrawn)
+
+    @property
+    def n_queued(self) -> tuple[int, int]:
+        """Pieces of work that wait for a thread: reads, writes."""
+        return len(self._reads), len(self._writes)
+
+    def oldest_s(self) -> float:
+        """For how long the oldest piece of work under way has been so; 0.0 if there is none."""
+        with self._changed:
+            return self._clock() - min(self._under_way.values()) if self._under_way else 0.0
+
+    def expected_read_s(self, nbytes: int) -> float:
+        """How long a read of so much would take, behind the reads that are queued or under way."""
+        with self._changed:
+            ahead = sum(work.nbytes for work in self._reads) + sum(w.nbytes for w in self._under_way if w.is_read)
+            return self._speed.time_s(ahead + nbytes)
+
+    def stop(self, timeout_s: float) -> bool:
+        """Withdraw what is queued, wait for what is under way; returns False if that did not end in time."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        self.withdraw()
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._under_way, timeout_s)
+
+    def _serve(self) -> None:
+        while (work := self._take()) is not None:
+            try:
+                self._run(work)
+            except Exception:
+                self.n_crashes += 1
+                logger.exception("sgl_lmcache: an I/O thread of the SSD tier met a bug")
+
+    def _run(self, work: Work) -> None:
+        try:
+            work.run()
+        except OSError as error:
+            work.error = error
+        except Exception as error:
+            self.n_crashes += 1
+            logger.exception("sgl_lmcache: an I/O thread of the SSD tier met a bug")
+            work.error = error
+        try:
+            work.finish()
+        finally:
+            self._ended(work)
+
+    def _take(self) -> Work | None:
+        """The next piece of work, or None when there will be none."""
+        with self._changed:
+            while not self._stopped:
+                if self._reads or (self._writes and self._n_writing < self._max_writing):
+                    return self._begin(self._reads.popleft() if self._reads else self._writes.popleft())
+                self._changed.wait()
+        return None
+
+    def _begin(self, work: Work) -> Work:
+        now_s = self._clock()
+        self._under_way[work] = now_s
+        if work.is_read:
+            self._speed.begin(now_s)
+        else:
+            self._n_writing += 1
+        return work
+
+    def _ended(self, work: Work) -> None:
+        with self._changed:
+            del self._under_way[work]
+            if work.is_read:
+                self._speed.end(self._clock(), 0 if work.error else work.nbytes)
+            else:
+                self._n_writing -= 1
+                if self._writes:
+                    self._changed.notify()
+            if not self._under_way:
+                self._changed.notify_all()
+
+
+def _withdraw(withdrawn: Sequence[Work]) -> None:
+    for work in withdrawn:
+        work.withdrawn = True
+        work.finish()
