@@ -28,6 +28,7 @@ All methods run on the one thread that owns the engine.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
 
@@ -457,6 +458,13 @@ class Engine:
         old = self.below.tier
         self.below.replace(tier)
         old.close()
+
+    def clear_below(self) -> Future[int] | None:
+        """Empty the tier below. The future tells when, and how many pages it had; None: there is no such tier."""
+        if self.below is None:
+            return None
+        self.host.forget_what_is_below()
+        return self.below.tier.clear()
 
     def stand_down(self) -> None:
         """The ranks have come to disagree: taint, and end what is under way below by this rank's own knowledge.

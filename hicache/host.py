@@ -80,6 +80,10 @@ class HostTier:
         """Remember that of pages that are held."""
         self._stored_below[self.slots(rows)] = stored
 
+    def forget_what_is_below(self) -> None:
+        """The lower tier has been emptied."""
+        self._stored_below[:] = False
+
     def end_lingering(self, slots: Slots) -> None:
         """Nothing reads or writes these lingering slots any more: they are free."""
         self._n_lingering -= len(slots)

@@ -4,7 +4,8 @@ SGLang keeps the tree, the allocator and every decision about HBM. This subclass
 makes for caches with an external store, in the order in which they come:
 
     prefetch_from_storage       a request arrives: open its ticket, which leases what host memory has of its path
-    check_hicache_events        once an iteration: acknowledge write-backs, decide tickets, tick the logical clock
+    check_hicache_events        once an iteration: acknowledge write-backs, let fetches and spills go on, decide
+                                tickets, tick the logical clock
     check_prefetch_progress     an admission attempt: what was decided about its ticket
     match_prefix, init_load_back (inherited): our wrapper adds the host hit, then queues the restore
     finish_external_linker_loads   its batch has been launched: the ticket has served
@@ -19,19 +20,23 @@ Nothing here may raise for a reason outside our own bugs: an exception in the sc
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, EvictParams, EvictResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_serving
 
-from hicache import UNKNOWN, Engine, Prefill, Ticket
+from hicache import UNKNOWN, Engine, Prefill, Ticket, TierError
 from sgl_lmcache.keys import to_blob
 from sgl_lmcache.linker import Linker
 from sgl_lmcache.namespace import Namespace
+from sgl_lmcache.prefill_clock import PrefillClock
 from sgl_lmcache.ranks import OneRank, Ranks
+from sgl_lmcache.tiers import OpenTier, reopened
 from sgl_lmcache.wrapper import TieredLinkerWrapper
 
 if TYPE_CHECKING:
@@ -42,6 +47,9 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
 logger = logging.getLogger(__name__)
+
+CLEAR_TIMEOUT_S = 10.0
+"""How long `/clear_hicache_storage_backend` may keep the scheduler. Deleting goes on after it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,11 +72,20 @@ class TieredRadixCache(UnifiedRadixCache):
         self._in_weight_session = False
         self.namespace: Namespace | None = None
         self._weight_version: str | None = None
+        self._open_tier: OpenTier | None = None
+        self._prefill_clock: PrefillClock | None = None
         super().__init__(params)
 
-    def attach(self, linker: Linker, namespace: Namespace, ranks: Ranks) -> None:
-        """Turn the tiers on. ranks: those that hold shards of the same pages."""
+    def attach(
+        self, linker: Linker, namespace: Namespace, ranks: Ranks, *, open_tier: OpenTier | None = None
+    ) -> None:
+        """Turn the tiers on. ranks: those that hold shards of the same pages.
+
+        open_tier: opens the tier below host memory, if there is one, for a namespace to come.
+        """
         self._ranks = ranks
+        self._open_tier = open_tier
+        self._prefill_clock = PrefillClock(linker.engine.prefill_speed, self.page_size, time.monotonic)
         self.namespace = namespace
         self._weight_version = get_serving().weight_version
         self.init_cache_linker(linker)
@@ -117,6 +134,17 @@ class TieredRadixCache(UnifiedRadixCache):
         waiting = self._waiting.get(request.rid)
         return waiting is None or waiting.handle != request or self._engine.admit(waiting.ticket)
 
+    def pop_prefetch_loaded_span(self, request: CacheRequestHandle) -> tuple[int, int | None]:
+        """What was fetched for the request from below host memory: (tokens, where they start in its prompt).
+
+        SGLang reports these as `storage` in `cached_tokens_details`, as far as they are hit.
+        """
+        waiting = self._waiting.get(request.rid)
+        if waiting is None or waiting.handle != request:
+            return 0, None
+        start, end = waiting.ticket.fetched
+        return (end - start) * self.page_size, start * self.page_size
+
     def check_hicache_events(self) -> None:
         """Once a scheduler iteration, busy or idle. Constant time when nothing is pending."""
         if self.linker is None:
@@ -158,10 +186,14 @@ class TieredRadixCache(UnifiedRadixCache):
         self._engine.stand_down()
 
     def ready_to_load_host_cache(self) -> int:
+        if self._prefill_clock is not None:
+            self._prefill_clock.begin()
         return -1 if self.linker is None else self.linker.start_layer_wise_loading()
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
         """A batch was launched. Its restores hold leases of their own, so the tickets of its requests have served."""
+        if self._prefill_clock is not None:
+            self._prefill_clock.launched(reqs)
         if self._waiting:
             for req in reqs:
                 self._launch(req)
@@ -178,6 +210,12 @@ class TieredRadixCache(UnifiedRadixCache):
             self._engine.close_ticket(waiting.ticket)
         else:
             self._prefills[req.rid] = self._engine.launch(waiting.ticket)
+
+    def checkpoint(self, req: Req, *, up_to: int, **kwargs: Any) -> None:
+        """What the request has computed goes into the tree."""
+        if self._prefill_clock is not None:
+            self._prefill_clock.computed(req)
+        super().checkpoint(req, up_to=up_to, **kwargs)
 
     # ---- the end of a request ----
 
@@ -242,8 +280,15 @@ class TieredRadixCache(UnifiedRadixCache):
         return False
 
     def clear_storage_backend(self) -> bool:
-        """`/clear_hicache_storage_backend` empties the tiers below host memory. There is none in this version."""
-        return True
+        """`/clear_hicache_storage_backend` empties the tier below host memory. False: it failed, or is still at it."""
+        if self.linker is None:
+            return True
+        cleared = self._engine.clear_below()
+        try:
+            return cleared is None or cleared.result(CLEAR_TIMEOUT_S) >= 0
+        except (TierError, FutureTimeoutError):
+            logger.exception("The tier below host memory has not been emptied")
+            return False
 
     def reset(self) -> None:
         """`/flush_cache` and weight updates: drops HBM and host memory. Blocks for copies in flight."""
@@ -294,6 +339,8 @@ class TieredRadixCache(UnifiedRadixCache):
         self.namespace = self.namespace.renewed(None if version == self._weight_version else version)
         self._weight_version = version
         logger.info("sgl_lmcache: new weights, namespace %s", self.namespace.digest)
+        if self._open_tier is not None:
+            self._engine.replace_tier(reopened(self._open_tier, self.namespace))
 
     def check_invariants(self) -> None:
         """For tests and debugging: everything of ours that can be broken, named. Scans all of it."""

@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.runtime_context import get_context, get_lora, get_parallel
 
-from hicache import UNKNOWN, Engine
+from hicache import UNKNOWN, Engine, Tier
 from radix import HOST, Index
 from sgl_lmcache import BACKEND
 from sgl_lmcache.cache import TieredRadixCache
@@ -36,6 +36,7 @@ from sgl_lmcache.namespace import Namespace, adapters_identity, model_identity, 
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache.ranks import Ranks, ranks_of
 from sgl_lmcache.refusals import refuse_unsupported
+from sgl_lmcache.tiers import OpenTier, Place, tier_opener
 from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout
 from transfer.slab import Slab
@@ -48,6 +49,10 @@ as long."""
 
 MAX_PENDING_SHARE = 0.5
 """Write-backs may lock at most about this share of HBM's KV while they wait to be copied."""
+
+BATCH_NBYTES = 32 << 20
+"""At most this much goes to or from a lower tier in one call: many pages share what a call costs the scheduler, and a
+batch that fails, or comes late, is not the whole prompt."""
 
 SMALL_PAGE_NBYTES = 64 << 10
 """Below this a page's fixed costs (a key, a slot, two copies a layer) weigh more than its bytes."""
@@ -68,17 +73,19 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     device_pool, layout = describe_pool(pool, ctx.params.page_size)
     n_slots, origin = _agree_on_start(ranks_of(ctx.tp_group.cpu_group), _n_slots(config, layout, device_pool))
     slab = _allocate_slab(n_slots, layout, device_pool)
+    namespace = _namespace(ctx, config, layout, origin)
+    open_tier = _tier_opener(config, layout, slab)
+    tier = None if open_tier is None else open_tier(namespace)
     linker = Linker(
-        _engine(config, n_slots, device_pool.n_pages),
+        _engine(config, n_slots, device_pool.n_pages, tier, layout),
         _copies(ctx, device_pool, layout, slab),
         slab,
         page_size=layout.page_size,
         num_layers=layout.n_layers,
         max_pending_pages=int(device_pool.n_pages * MAX_PENDING_SHARE),
     )
-    namespace = _namespace(ctx, config, layout, origin)
     cache = _create_cache(ctx)
-    cache.attach(linker, namespace, ranks)
+    cache.attach(linker, namespace, ranks, open_tier=open_tier)
     pool.register_layer_transfer_counter(linker.layer_done_counter)
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
     _log_start(layout, slab, device_pool, namespace)
@@ -101,7 +108,7 @@ def _compile_hash_extension() -> None:
 def _n_slots(config: Config, layout: PageLayout, pool: DevicePool) -> int:
     """How many slots this rank would take: its share of the server's host memory on this node."""
     parallel = get_parallel()
-    n_local_ranks = max(1, parallel.tp_size * parallel.dp_size // parallel.nnodes)
+    n_local_ranks = _n_local_ranks()
     # A pool in ordinary memory is touched page by page as it fills, so what it will take is still counted as free.
     reserved = sum(buffer.nbytes for buffer in (*pool.k, *pool.v)) if pool.k[0].device.type == "cpu" else 0
     capacity = host_capacity(
@@ -117,6 +124,18 @@ def _n_slots(config: Config, layout: PageLayout, pool: DevicePool) -> int:
             " give it more."
         )
     return n_slots
+
+
+def _n_local_ranks() -> int:
+    """Of the whole server on this node, data-parallel replicas included."""
+    parallel = get_parallel()
+    return max(1, int(parallel.tp_size * parallel.dp_size // parallel.nnodes))
+
+
+def _tier_opener(config: Config, layout: PageLayout, slab: Slab) -> OpenTier | None:
+    parallel, n_local_ranks = get_parallel(), _n_local_ranks()
+    rank = (parallel.dp_rank or 0) * parallel.tp_size + parallel.tp_rank
+    return tier_opener(config, Place(rank % n_local_ranks, n_local_ranks, slab.array, layout.page_nbytes))
 
 
 def _agree_on_start(ranks: Ranks, n_slots: int) -> tuple[int, str]:
@@ -159,11 +178,19 @@ def _copies(ctx: TreeCacheBuildContext, pool: DevicePool, layout: PageLayout, sl
     return cuda_copies(pool, layout, slab, forward_stream=ctx.tp_worker.model_runner.forward_stream)
 
 
-def _engine(config: Config, n_slots: int, n_device_pages: int) -> Engine:
+def _engine(config: Config, n_slots: int, n_device_pages: int, tier: Tier | None, layout: PageLayout) -> Engine:
     """Every row of the index is a page in HBM or in host memory, or is kept by a lease or a child: a few more."""
     capacity = n_slots + n_device_pages + max(1024, n_device_pages // 4)
     index = Index(capacity, policies={HOST: config.eviction_of(config.host)})
-    return Engine(index, n_slots, clock=time.monotonic, ticket_timeout_s=_ticket_timeout_s(config))
+    return Engine(
+        index,
+        n_slots,
+        clock=time.monotonic,
+        ticket_timeout_s=_ticket_timeout_s(config),
+        tier=tier,
+        batch_pages=max(1, BATCH_NBYTES // layout.slot_nbytes),
+        fetch_only_if_faster=config.prefetch.policy == "auto",
+    )
 
 
 def _create_cache(ctx: TreeCacheBuildContext) -> TieredRadixCache:

@@ -270,6 +270,7 @@ class Linker:
     def close(self) -> None:
         """Stop the copies and free host memory. Blocks for the copies in flight."""
         logger.info("sgl_lmcache: %s", self.engine.stats)
+        self.engine.close()
         self.reset()
         self.copies.close()
         self._slab.close()

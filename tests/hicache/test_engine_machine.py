@@ -166,7 +166,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(path=PATHS)
     def the_tier_forgets(self, path: str) -> None:
         if self.tier is not None:
-            self.tier._inner.delete(path_keys(path)[-32:])
+            self.tier.inner.delete(path_keys(path)[-32:])
 
     @rule(path=PATHS, n_kept=st.integers(0, 6))
     def hbm_evicts(self, path: str, n_kept: int) -> None:

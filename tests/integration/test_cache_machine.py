@@ -2,23 +2,28 @@
 
 No server and no model, but SGLang's own requests, tree, allocator and pool, and real bytes. Copies end late, in any
 order, or fail; clients go away at any moment; HBM and host memory are far too small; weights change under all of it.
+In two of three walks there is a tier below, which answers late, fails, and loses pages.
 After each step the laws of conservation are checked (`Scheduler.check`), and each forward checks the KV that it reads.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import fields
 from random import Random
 
 import pytest
 
-from hicache import prefills
+from hicache import Tier, prefills
+from sgl_lmcache.namespace import Namespace
 from tests.support.clock import Clock
 from tests.support.real_cache import RealCache
 from tests.support.scheduler import Scheduler
 from tests.support.stepped_copies import SteppedCopies
+from tests.support.tiers import FaultyTier, MemoryTier
 from tests.support.walk import Walk, copy_step
+from transfer.slab import Slab
 
 PAGE = 4
 N_STEPS = 2_500
@@ -44,6 +49,12 @@ MUST_BE_SEEN = (
     "skipped_pressure",
     "skipped_tainted",
     "tickets_unleased",
+    "fetched",
+    "fetch_missed",
+    "spilled",
+    "spill_skipped",
+    "spill_failed",
+    "admitted with fetched pages",
 )
 
 
@@ -59,9 +70,22 @@ def make_scheduler(rng: Random, tree_core: str, clock: Clock) -> Scheduler:
         max_leased_share=rng.choice((0.0, 0.5, 1.0)),
         clock=clock,
         make_copies=SteppedCopies,
+        open_tier=rng.choice((None, slow_tiers(10), slow_tiers(1000))),
+        batch_pages=rng.choice((1, 3)),
     )
     assert isinstance(real.copies, SteppedCopies)
     return Scheduler(real, real.copies)
+
+
+def slow_tiers(limit_pages: int) -> Callable[[Slab, Namespace], Tier]:
+    """Opens tiers that keep so many pages in memory and answer when they are told to."""
+
+    def open_tier(slab: Slab, namespace: Namespace) -> Tier:
+        tier = FaultyTier(MemoryTier(slab.array, limit_pages))
+        tier.hold()
+        return tier
+
+    return open_tier
 
 
 def walk(seed: int, tree_core: str) -> Counter[str]:
@@ -95,6 +119,8 @@ def drain(scheduler: Scheduler) -> None:
     assert not scheduler.waiting, f"{len(scheduler.waiting)} requests wait for ever"
     assert not scheduler.live, f"{len(scheduler.live)} requests run for ever"
     scheduler.copies.quiesce()
+    while scheduler.cache._engine.below is not None and scheduler.cache._engine.below.is_pending:
+        drain_step(scheduler)
     scheduler.cache.check_hicache_events()
     scheduler.check()
     assert scheduler.cache.protected_size() == 0
@@ -105,6 +131,8 @@ def drain(scheduler: Scheduler) -> None:
 
 def drain_step(scheduler: Scheduler) -> None:
     scheduler.copies.quiesce()
+    if scheduler.tier is not None:
+        scheduler.tier_answers(1000)
     scheduler.prefill(32, 6)
     scheduler.decode()
 

@@ -11,6 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import publish
 from sglang.srt.server_args import ServerArgs
 
-from hicache import Engine
+from hicache import Engine, Tier
 from radix import HBM, HOST, Index, State
 from sgl_lmcache.cache import TieredRadixCache
 from sgl_lmcache.keys import to_blob
@@ -62,6 +63,7 @@ class Request:
     extra_key: str | None = None
     last_node: int = 0
     prefix_len: int = 0
+    extend_end: int = 0
     host_hit_length: int = 0
     swa_host_hit_length: int = 0
     mamba_host_hit_length: int = 0
@@ -92,6 +94,9 @@ class RealCache:
         clock: Callable[[], float] = time.monotonic,
         ranks: Ranks | None = None,
         make_copies: Callable[[DevicePool, PageLayout, Slab], Copies] = CpuCopies,
+        open_tier: Callable[[Slab, Namespace], Tier] | None = None,
+        batch_pages: int = 16,
+        fetch_only_if_faster: bool = False,
     ) -> None:
         args = ServerArgs(model_path="dummy", device="cpu", page_size=page_size)
         args.resolve_once()
@@ -121,6 +126,9 @@ class RealCache:
             clock=clock,
             ticket_timeout_s=60.0,
             max_leased_share=max_leased_share,
+            tier=None if open_tier is None else open_tier(self.slab, namespace()),
+            batch_pages=batch_pages,
+            fetch_only_if_faster=fetch_only_if_faster,
         )
         self.layout = layout
         self.copies = make_copies(device_pool, layout, self.slab)
@@ -133,7 +141,12 @@ class RealCache:
             max_pending_pages=max_pending_pages,
         )
         self.cache = TieredRadixCache(params)
-        self.cache.attach(self.linker, namespace(), ranks or OneRank())
+        self.cache.attach(
+            self.linker,
+            namespace(),
+            ranks or OneRank(),
+            open_tier=None if open_tier is None else partial(open_tier, self.slab),
+        )
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
 
     # ---- the scheduler's part ----
@@ -180,6 +193,7 @@ class RealCache:
             self.cache.dec_lock_ref(request.last_node, lock)
             self.cache.release_aborted_request(request.handle)
             return None
+        request.extend_end = len(request.tokens)
         self._run_batch(request)
         if fresh is None:
             fresh, n_new = torch.empty(0, dtype=torch.int64), 0
@@ -238,6 +252,11 @@ class RealCache:
             assert torch.equal(self.pool.v_buffer[layer][slots], (-values - layer).expand(-1, N_HEADS, HEAD_DIM))
 
     # ---- checks ----
+
+    @property
+    def tier(self) -> Tier | None:
+        """What lies below host memory now: new weights bring another."""
+        return None if self.engine.below is None else self.engine.below.tier
 
     def settle(self) -> None:
         """Let all copies land and SGLang acknowledge them."""

@@ -29,7 +29,7 @@ from sgl_lmcache.keys import to_blob
 from tests.support.forward import Forward, Values, kv_of, page_values
 from tests.support.real_cache import N_LAYERS, RealCache
 from tests.support.stepped_copies import SteppedCopies
-from tests.support.tiers import split
+from tests.support.tiers import FaultyTier, MemoryTier, split
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ class Scheduler:
             if not self.cache.check_prefetch_progress(req.cache_request_handle):
                 self.seen["told to wait"] += 1
                 continue
-            self.cache.pop_prefetch_loaded_span(req.cache_request_handle)
+            n_fetched, _ = self.cache.pop_prefetch_loaded_span(req.cache_request_handle)
+            self.seen["admitted with fetched pages"] += n_fetched > 0
             req.init_next_round_input(self.cache)
             if budget <= 0 or len(batch) >= max_requests:
                 self.seen["no room in the batch"] += 1
@@ -308,6 +309,24 @@ class Scheduler:
     def fail_restores(self, fail: bool) -> None:
         self.copies.fail_restores = fail
 
+    @property
+    def tier(self) -> FaultyTier | None:
+        """What lies below host memory now, if it is of the kind that answers when told to."""
+        return self.real.tier if isinstance(self.real.tier, FaultyTier) else None
+
+    def tier_answers(self, n_calls: int, *, n_failing: int = 0, n_missing: int = 0) -> None:
+        assert self.tier is not None
+        self.tier.fail_next(n_failing)
+        self.tier.miss_next(n_missing)
+        self.tier.release(min(n_calls, self.tier.n_held))
+        self.seen["the tier failed"] += n_failing
+
+    def tier_forgets(self, n_kept: int) -> None:
+        """All but the first n_kept pages that the tier has are lost: evicted, or found damaged."""
+        assert self.tier is not None
+        assert isinstance(self.tier.inner, MemoryTier)
+        self.tier.inner.forget_all_but(n_kept)
+
     def evict(self, n_pages: int) -> None:
         """Room in HBM for n_pages, if that many can go."""
         evict_from_tree_cache(self.cache, n_pages * self.real.page_size)
@@ -401,6 +420,9 @@ class Scheduler:
         claims += [entry.offload.rows for entry in linker._write_backs if entry.offload is not None]
         claims += [load.restore.rows for load in linker._queued.values()]
         claims += [restore.rows for load in linker._running for restore in load.restores]
+        if engine.below is not None:
+            claims += [fetch.rows for fetch in engine.below.fetches._loading if not fetch.is_detached]
+            claims += [spill.rows for spill in engine.below.spills._line if not spill.is_detached]
         leases = engine.index._columns.leases
         expected = np.zeros_like(leases)
         for rows in claims:

@@ -91,6 +91,10 @@ class MemoryTier(Tier):
     def close(self) -> None:
         self.closed = True
 
+    def forget_all_but(self, n_pages: int) -> None:
+        """Keep only the first that were stored."""
+        self._pages = dict(list(self._pages.items())[:n_pages])
+
     def _prefix(self, keys: bytes) -> int:
         found = 0
         for key in split(keys):
@@ -109,12 +113,17 @@ class FaultyTier(Tier):
     """
 
     def __init__(self, inner: Tier) -> None:
-        self._inner = inner
+        self.inner = inner
         self._failures = 0
+        self._misses = 0
         self._held: deque[tuple[Future[int], Callable[[], Future[int]]]] | None = None
 
     def fail_next(self, n_calls: int) -> None:
         self._failures += n_calls
+
+    def miss_next(self, n_loads: int) -> None:
+        """The next n loads find nothing, whatever `exists` has said."""
+        self._misses += n_loads
 
     def hold(self) -> None:
         self._held = deque()
@@ -135,43 +144,46 @@ class FaultyTier(Tier):
 
     @property
     def name(self) -> str:
-        return f"faulty {self._inner.name}"
+        return f"faulty {self.inner.name}"
 
     def exists(self, keys: bytes) -> Future[int]:
-        return self._call(lambda: self._inner.exists(keys))
+        return self._call(lambda: self.inner.exists(keys))
 
     def load(self, batch: Batch) -> Future[int]:
-        return self._call(lambda: self._inner.load(batch))
+        if self._misses:
+            self._misses -= 1
+            return self._call(lambda: done(0))
+        return self._call(lambda: self.inner.load(batch))
 
     def store(self, batch: Batch) -> Future[int]:
-        return self._call(lambda: self._inner.store(batch))
+        return self._call(lambda: self.inner.store(batch))
 
     def touch(self, key: bytes) -> None:
         """Neither held nor failed: a tier may drop it, so no caller can depend on it."""
-        self._inner.touch(key)
+        self.inner.touch(key)
 
     def delete(self, keys: bytes) -> Future[int]:
-        return self._call(lambda: self._inner.delete(keys))
+        return self._call(lambda: self.inner.delete(keys))
 
     def clear(self) -> Future[int]:
-        return self._call(self._inner.clear)
+        return self._call(self.inner.clear)
 
     def expected_load_s(self, n_pages: int) -> float:
-        return self._inner.expected_load_s(n_pages)
+        return self.inner.expected_load_s(n_pages)
 
     def capacity(self) -> Capacity:
-        return self._inner.capacity()
+        return self.inner.capacity()
 
     def health(self) -> Health:
-        return self._inner.health()
+        return self.inner.health()
 
     def stats(self) -> Mapping[str, int]:
-        return self._inner.stats()
+        return self.inner.stats()
 
     def close(self) -> None:
         if self._held is not None:
             self.release()
-        self._inner.close()
+        self.inner.close()
 
     def _call(self, call: Callable[[], Future[int]]) -> Future[int]:
         future: Future[int] = Future()

@@ -116,7 +116,8 @@ class Walk:
     def _flush(self) -> Step | None:
         if self._s.real.engine.tainted:
             return step("flush", paused=True)
-        return step("flush", paused=self._rng.random() < 0.5) if self._rng.random() < 0.1 else None
+        often = 0.1 if self._s.tier is None else 0.5  # what is dropped above comes back from below
+        return step("flush", paused=self._rng.random() < 0.5) if self._rng.random() < often else None
 
     # ---- weights ----
 
@@ -132,8 +133,17 @@ class Walk:
 
 
 def copy_step(rng: Random, scheduler: Scheduler) -> Step | None:
-    """Something of this rank's copies ends. None: nothing runs."""
-    copies = scheduler.copies
+    """Something of this rank's copies ends, or the tier below answers. None: nothing runs."""
+    copies, tier = scheduler.copies, scheduler.tier
+    if tier is not None and rng.random() < 0.004:
+        return step("tier_forgets", rng.randrange(10))
+    if tier is not None and tier.n_held and rng.random() < 0.8:
+        return step(
+            "tier_answers",
+            rng.choice((1, 2, 4, 100)),
+            n_failing=int(rng.random() < 0.02),
+            n_missing=int(rng.random() < 0.02),
+        )
     if rng.random() < 0.03:
         return step("fail_restores", rng.random() < 0.3)
     if copies.restores and rng.random() < 0.4:

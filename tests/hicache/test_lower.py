@@ -1,0 +1,456 @@
+"""Fetches and spills by example: what goes up and down between host memory and a tier that answers when it is told to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from hicache import Engine, Ticket, Verdict
+from hicache.engine import UNKNOWN
+from hicache.fetches import N_REPORTED
+from radix import HBM, HOST, Index, State
+from tests.support.clock import Clock
+from tests.support.keys import path_keys
+from tests.support.tiers import FaultyTier, MemoryTier, split
+
+TIMEOUT_S = 5.0
+
+
+@dataclass(eq=False)
+class Rig:
+    """An engine over a slab whose pages hold their keys."""
+
+    n_slots: int = 32
+    batch_pages: int = 2
+    fetch_only_if_faster: bool = False
+    max_leased_share: float = 1.0
+    clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self) -> None:
+        self.slab = np.zeros((self.n_slots, 32), np.uint8)
+        self.memory = MemoryTier(self.slab, 1000)
+        self.tier = FaultyTier(self.memory)
+        self.engine = Engine(
+            Index(1024),
+            self.n_slots,
+            clock=self.clock,
+            ticket_timeout_s=TIMEOUT_S,
+            max_leased_share=self.max_leased_share,
+            tier=self.tier,
+            batch_pages=self.batch_pages,
+            fetch_only_if_faster=self.fetch_only_if_faster,
+        )
+
+    def write_back(self, keys: bytes, parent: bytes | None = None) -> None:
+        """Down to host memory, and offered to the tier."""
+        offload = self.engine.begin_offload(keys, parent)
+        if offload is not None:
+            for position, slot in zip(offload.positions, offload.slots, strict=True):
+                self.slab[slot] = np.frombuffer(split(keys)[position], np.uint8)
+            self.engine.finish_offload(offload, landed=True)
+
+    def agree(self) -> None:
+        self.engine.tick()
+        self.engine.follow(self.engine.report(decides=True))
+        self.engine.check_invariants()
+
+    def store_below_only(self, keys: bytes) -> None:
+        """In the tier, and nowhere else."""
+        self.write_back(keys)
+        self.agree()
+        assert self.engine.stats.spill_failed == 0
+        self.engine.reset()
+
+    def holds(self, keys: bytes) -> int:
+        """How many pages host memory would promise, each with the right bytes."""
+        n_pages = self.engine.lookup(keys)
+        rows = self.engine.index.match(keys)[:n_pages]
+        assert [self.slab[slot].tobytes() for slot in self.engine.index.slots(rows)] == split(keys)[:n_pages]
+        return n_pages
+
+
+@pytest.fixture
+def rig() -> Rig:
+    return Rig()
+
+
+def waits(ticket: Ticket) -> bool:
+    return ticket.verdict is Verdict.WAIT
+
+
+# ---- down ----
+
+
+def test_what_lands_in_host_memory_is_stored_below(rig: Rig) -> None:
+    keys = path_keys("abcde")
+    rig.write_back(keys)
+    assert rig.memory.exists(keys).result() == 5
+    rig.agree()
+    assert rig.engine.stats.spilled == 5
+    assert not rig.engine.is_pending
+
+
+def test_slots_stay_leased_until_the_tier_has_read_them() -> None:
+    rig = Rig(n_slots=4)
+    rig.tier.hold()
+    keys = path_keys("a")
+    rig.write_back(keys)
+    for path in ("b", "c", "d", "e", "f"):
+        rig.engine.tick()
+        rig.write_back(path_keys(path))
+    assert rig.holds(keys) == 1, "the oldest page is still being read"
+    rig.tier.release()
+    rig.agree()
+    assert rig.memory.exists(keys).result() == 1
+    for path in ("g", "h", "i", "j"):
+        rig.engine.tick()
+        rig.write_back(path_keys(path))
+    assert rig.holds(keys) == 0
+
+
+def test_only_what_is_new_below_is_given_to_the_tier(rig: Rig) -> None:
+    keys = path_keys("abcd")
+    rig.write_back(keys[:64])
+    rig.agree()
+    rig.write_back(keys[64:], keys[32:64])
+    rig.agree()
+    assert rig.memory.stats()["stored"] == 4
+    assert rig.engine.stats.spilled == 4
+
+
+def test_what_was_skipped_goes_with_the_next_page_of_its_path() -> None:
+    rig = Rig(n_slots=16)  # of which four may be on their way down
+    rig.tier.hold()
+    keys = path_keys("abcdefg")
+    rig.write_back(keys[: 6 * 32])
+    assert rig.engine.stats.spill_skipped == 2
+    rig.tier.release()
+    rig.agree()
+    assert rig.memory.exists(keys).result() == 4
+    rig.write_back(keys[6 * 32 :], keys[5 * 32 : 6 * 32])
+    rig.agree()
+    assert rig.memory.exists(keys).result() == 7
+
+
+def test_what_the_tier_did_not_take_is_offered_again(rig: Rig) -> None:
+    keys = path_keys("abc")
+    rig.tier.fail_next(1)
+    rig.write_back(keys[:64])
+    rig.agree()
+    assert (rig.engine.stats.spill_failed, rig.memory.exists(keys).result()) == (2, 0)
+    rig.write_back(keys[64:], keys[32:64])
+    rig.agree()
+    assert rig.memory.exists(keys).result() == 3
+
+
+def test_pages_of_a_tainted_cache_are_not_stored_below(rig: Rig) -> None:
+    keys = path_keys("ab")
+    offload = rig.engine.begin_offload(keys)
+    assert offload is not None
+    rig.engine.taint()
+    rig.engine.finish_offload(offload, landed=True)
+    assert rig.memory.exists(keys).result() == 0
+
+
+# ---- up ----
+
+
+def test_a_request_waits_for_its_pages_and_finds_them(rig: Rig) -> None:
+    keys = path_keys("abcde")
+    rig.store_below_only(keys)
+    ticket = rig.engine.open_ticket(keys + path_keys("abcdex")[-32:], None)
+    assert waits(ticket)
+    assert not rig.engine.admit(ticket)
+    rig.agree()
+    assert waits(ticket), "the pages are on their way"
+    rig.agree()
+    assert not waits(ticket)
+    assert rig.holds(keys) == 5
+    assert ticket.fetched == (0, 5)
+    assert rig.engine.stats.fetched == 5
+
+
+def test_what_nobody_has_is_not_waited_for(rig: Rig) -> None:
+    ticket = rig.engine.open_ticket(path_keys("abc"), None)
+    rig.agree()
+    assert rig.engine.admit(ticket)
+    assert ticket.fetched == (0, 0)
+
+
+def test_only_what_host_memory_lacks_is_fetched(rig: Rig) -> None:
+    keys = path_keys("abcdef")
+    rig.store_below_only(keys)
+    rig.write_back(keys[: 2 * 32])
+    n_loaded = rig.memory.stats()["loaded"]
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    rig.agree()
+    assert ticket.fetched == (2, 6)
+    assert rig.memory.stats()["loaded"] - n_loaded == 4
+    assert rig.holds(keys) == 6
+
+
+def test_fetched_pages_stay_while_their_request_waits(rig: Rig) -> None:
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    rig.agree()
+    for path in ("ijklmnop", "qrstuvwx"):
+        rig.engine.tick()
+        rig.write_back(path_keys(path))
+    assert rig.holds(keys) == 4
+    rig.engine.close_ticket(ticket)
+
+
+def test_one_fetch_serves_all_that_wait_for_it(rig: Rig) -> None:
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    rig.tier.hold()
+    tickets = [rig.engine.open_ticket(keys, None) for _ in range(20)]
+    for _ in range(30):
+        rig.tier.release(rig.tier.n_held)
+        rig.agree()
+    assert not any(waits(ticket) for ticket in tickets)
+    assert rig.memory.stats()["loaded"] == 4
+    assert rig.engine.stats.fetched == 4
+    assert rig.holds(keys) == 4
+
+
+def test_a_late_request_waits_for_the_pages_that_another_is_fetching(rig: Rig) -> None:
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    rig.engine.open_ticket(keys, None)
+    rig.tier.hold()
+    rig.agree()  # it has started to load
+    late = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    assert waits(late)
+    rig.tier.release()
+    rig.agree()
+    assert not waits(late)
+    assert rig.memory.stats()["loaded"] == 4
+
+
+def test_a_page_that_does_not_come_ends_the_fetch_there(rig: Rig) -> None:
+    keys = path_keys("abcdef")
+    rig.store_below_only(keys)
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.memory.delete(split(keys)[3])  # between the probe and the load, as a damaged page
+    rig.agree()
+    rig.agree()
+    assert not waits(ticket)
+    assert rig.holds(keys) == 3
+    assert (rig.engine.stats.fetched, rig.engine.stats.fetch_missed) == (3, 3)
+    assert rig.engine.host.n_free == 32 - 3
+
+
+def test_a_tier_that_fails_costs_a_miss(rig: Rig) -> None:
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    for n_failing in (1, 2):
+        ticket = rig.engine.open_ticket(keys, None)
+        rig.tier.fail_next(n_failing)
+        rig.agree()
+        rig.agree()
+        assert not waits(ticket)
+        rig.engine.close_ticket(ticket)
+        rig.engine.reset()
+    assert rig.engine.host.n_free == 32
+
+
+def test_a_deadline_lets_the_request_go_with_what_has_come(rig: Rig) -> None:
+    keys = path_keys("abcdef")
+    rig.store_below_only(keys)
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.tier.hold()
+    rig.agree()
+    rig.tier.release(2)
+    rig.clock.now_s += TIMEOUT_S
+    rig.agree()
+    assert not waits(ticket)
+    assert rig.engine.stats.tickets_expired == 1
+    assert ticket.fetched == (0, 4)
+    assert rig.holds(keys) == 4
+    rig.engine.close_ticket(ticket)
+    rig.tier.release()
+    rig.agree()
+    assert rig.holds(keys) == 6, "what was on its way has arrived for others"
+
+
+def test_a_probe_that_is_never_answered_ends_with_its_request(rig: Rig) -> None:
+    rig.tier.hold()
+    ticket = rig.engine.open_ticket(path_keys("ab"), None)
+    rig.clock.now_s += TIMEOUT_S
+    rig.agree()
+    assert not waits(ticket)
+    rig.engine.close_ticket(ticket)
+    assert not rig.engine.is_pending
+
+
+def test_loads_that_hang_keep_half_of_host_memory_at_most_and_nobody_for_ever() -> None:
+    rig = Rig(n_slots=16)
+    paths = [path_keys(letter * 4) for letter in "abcdefgh"]
+    for keys in paths:
+        rig.store_below_only(keys)
+    tickets = [rig.engine.open_ticket(keys, None) for keys in paths]
+    rig.tier.hold()
+    rig.agree()
+    assert rig.engine.index.count(HOST, State.INCOMING) == 8
+    rig.clock.now_s += TIMEOUT_S
+    rig.agree()
+    assert not any(waits(ticket) for ticket in tickets)
+    rig.write_back(path_keys("xyz"))
+    assert rig.holds(path_keys("xyz")) == 3
+
+
+def test_more_fetches_than_can_be_reported_take_their_turn() -> None:
+    rig = Rig(n_slots=200)
+    paths = [path_keys(first + second) for first in "abcdef" for second in "ghij"]
+    assert len(paths) > 2 * N_REPORTED
+    for keys in paths:
+        rig.store_below_only(keys)
+    tickets = [rig.engine.open_ticket(keys, None) for keys in paths]
+    for _ in range(2 * len(paths)):
+        rig.agree()
+    assert not any(waits(ticket) for ticket in tickets)
+    assert all(rig.holds(keys) == 2 for keys in paths)
+
+
+def test_a_path_of_which_hbm_has_the_head_comes_whole_or_not_at_all(rig: Rig) -> None:
+    """Host memory is closed under prefixes, so pages below a head that only HBM has need that head too."""
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    rig.engine.skip_offload(keys[:64])  # in HBM, and not in host memory
+    ticket = rig.engine.open_ticket(keys[64:], keys[32:64])
+    rig.agree()
+    rig.agree()
+    assert rig.holds(keys) == 4
+    assert ticket.fetched == (0, 4)
+    rig.engine.reset()
+    rig.memory.delete(split(keys)[2])
+    rig.engine.skip_offload(keys[:64])
+    ticket = rig.engine.open_ticket(keys[64:], keys[32:64])
+    rig.agree()
+    assert not waits(ticket)
+    assert rig.engine.index.count(HBM, State.RESIDENT) == 2
+    assert rig.holds(keys) == 0, "what only HBM needs is not worth a fetch"
+
+
+# ---- load or compute ----
+
+
+def test_a_disk_that_is_slower_than_the_prefill_is_not_asked() -> None:
+    rig = Rig(fetch_only_if_faster=True)
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    rig.memory.load_s_per_page = 1.0
+    fetched = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    assert waits(fetched), "nothing is known of the prefill yet"
+    rig.agree()
+    rig.engine.close_ticket(fetched)
+    rig.engine.reset()
+    rig.engine.prefill_speed.observe([(0, 4)], 3.9)
+    declined = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    assert not waits(declined)
+    assert rig.engine.stats.fetches_declined == 1
+    rig.engine.close_ticket(declined)
+    rig.memory.load_s_per_page = 0.9
+    accepted = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    assert waits(accepted)
+
+
+def test_one_rank_measures_for_all() -> None:
+    rig = Rig(fetch_only_if_faster=True)
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    rig.memory.load_s_per_page = 1.0
+    rig.engine.prefill_speed.observe([(0, 4)], 0.1)
+    rig.engine.open_ticket(keys, None)
+    measuring, other = rig.engine.report(decides=True), rig.engine.report(decides=False)
+    assert other[:2] == [UNKNOWN, UNKNOWN]
+    assert (measuring[4:6], other[4:6]) == ([1, 0], [1, 4])
+    assert len(measuring) == len(other)
+
+
+# ---- resets ----
+
+
+def test_a_reset_does_not_wait_for_the_disk_and_gives_no_slot_away_that_it_may_write(rig: Rig) -> None:
+    keys = path_keys("abcdef")
+    rig.store_below_only(keys)
+    rig.engine.open_ticket(keys, None)
+    rig.tier.hold()
+    rig.agree()
+    rig.write_back(path_keys("xy"))
+    rig.engine.reset()
+    rig.engine.check_invariants()
+    assert rig.engine.host.n_free == 32 - 6 - 2
+    rig.write_back(path_keys("klmnopqr"))
+    assert rig.holds(path_keys("klmnopqr")) == 8
+    rig.tier.release()
+    assert rig.holds(path_keys("klmnopqr")) == 8
+    rig.agree()
+    assert rig.engine.host.n_free == 32 - 8
+    assert rig.engine.stats.fetched == 0, "what was dropped has not landed"
+
+
+def test_another_tier_takes_over_while_the_old_one_still_writes(rig: Rig) -> None:
+    keys = path_keys("ab")
+    rig.store_below_only(keys)
+    rig.engine.open_ticket(keys, None)
+    rig.tier.hold()
+    rig.agree()
+    rig.engine.reset()
+    fresh = MemoryTier(rig.slab, 1000)
+    rig.engine.replace_tier(fresh)
+    assert rig.memory.closed
+    rig.write_back(keys)
+    rig.agree()
+    assert fresh.exists(keys).result() == 2
+    assert rig.engine.host.n_free == 30
+
+
+def test_ranks_that_disagree_end_what_is_under_way_by_themselves(rig: Rig) -> None:
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    rig.engine.stand_down()
+    assert not waits(ticket)
+    assert not rig.engine.is_pending
+    rig.engine.reset()
+    assert not rig.engine.tainted
+    assert rig.engine.host.n_free == 32
+
+
+def test_a_disagreement_while_the_disk_hangs_taints_for_good(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hicache.engine.STAND_DOWN_S", 0.0)
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    rig.engine.open_ticket(keys, None)
+    rig.tier.hold()
+    rig.agree()
+    rig.engine.stand_down()
+    rig.engine.reset()
+    assert rig.engine.tainted
+    assert rig.engine.open_ticket(keys, None).verdict is Verdict.GO
+    rig.tier.release()
+    rig.engine.check_invariants()
+
+
+def test_an_emptied_tier_is_given_pages_again(rig: Rig) -> None:
+    keys = path_keys("abc")
+    rig.write_back(keys[:64])
+    rig.agree()
+    cleared = rig.engine.clear_below()
+    assert cleared is not None
+    assert cleared.result() == 2
+    rig.write_back(keys[64:], keys[32:64])
+    rig.agree()
+    assert rig.memory.exists(keys).result() == 3
