@@ -1,13 +1,11 @@
-"""What the tests of the SSD tier share: an aligned slab, a tier to open, batches, and a disk that fails on demand."""
+"""What the tests of the SSD tier share: an aligned slab, a tier to open, batches, and waiting for other threads."""
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,6 @@ import numpy.typing as npt
 from hicache import Batch
 from hicache.ssd import SsdTier, limit_for
 from tests.hicache.tier_contract import chain
-from transfer.files import System
 
 NAMESPACE = "0123456789abcdef0123456789abcdef"
 PAGE_NBYTES = 4000
@@ -64,65 +61,6 @@ def part(batch: Batch, first: int, end: int, first_slot: int | None = None) -> B
 def settle(tier: SsdTier) -> None:
     """All that was asked before is in the map, and the keeper has gone its round."""
     tier.flush().result(timeout=30)
-
-
-class Disk(System):
-    """A disk with faults. `fail[name]` is the error number that the call of that name answers with.
-
-    `short`: reads and writes stop after that many bytes. `hold()`: reads and writes stay in the call until `let_go()`.
-    """
-
-    def __init__(self) -> None:
-        self.fail: dict[str, int] = {}
-        self.short: int | None = None
-        self.calls: dict[str, int] = {}
-        self._open = threading.Event()
-        self._open.set()
-        self.n_held = 0
-
-    def hold(self) -> None:
-        self._open.clear()
-
-    def let_go(self) -> None:
-        self._open.set()
-
-    def _called(self, name: str) -> None:
-        self.calls[name] = self.calls.get(name, 0) + 1
-        if name in self.fail:
-            raise OSError(self.fail[name], os.strerror(self.fail[name]))
-
-    def open(self, path: Path, flags: int) -> int:
-        if flags & os.O_DIRECT and "direct" in self.fail:
-            raise OSError(errno.EINVAL, "no direct I/O")
-        self._called("open")
-        return super().open(path, flags)
-
-    def fallocate(self, fd: int, nbytes: int) -> None:
-        self._called("fallocate")
-        super().fallocate(fd, nbytes)
-
-    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        self._wait()
-        self._called("preadv")
-        return super().preadv(fd, _shortened(buffers, self.short), offset)
-
-    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        self._wait()
-        self._called("pwritev")
-        return super().pwritev(fd, _shortened(buffers, self.short), offset)
-
-    def fdatasync(self, fd: int) -> None:
-        self._called("fdatasync")
-        super().fdatasync(fd)
-
-    def _wait(self) -> None:
-        self.n_held += 1
-        self._open.wait()
-        self.n_held -= 1
-
-
-def _shortened(buffers: Sequence[memoryview], nbytes: int | None) -> Sequence[memoryview]:
-    return buffers if nbytes is None else [buffers[0][:nbytes]]
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
