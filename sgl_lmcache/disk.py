@@ -36,8 +36,8 @@ class Disk:
 
 def read_disk(tier: SsdTier) -> Disk:
     """Look at the folder of `tier` now. Does not raise for what is wrong with it."""
-    from hicache.ssd.directory import check_directory, used_nbytes
-    from hicache.ssd.locks import StoreError
+    from hicache.ssd import StoreError, check_directory
+    from hicache.ssd.directory import used_nbytes
 
     path = Path(tier.path)
     with _made_folders_removed(path):

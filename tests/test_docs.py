@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")))
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 
-START_ERRORS = {"StartError", "RefusedError", "ConfigError", "SlabError"}
+START_ERRORS = {"StartError", "RefusedError", "ConfigError", "SlabError", "StoreError"}
 START_SOURCES = (
     *(
         "sgl_lmcache/refusals.py",
@@ -29,13 +29,22 @@ START_SOURCES = (
         "sgl_lmcache/pool.py",
         "sgl_lmcache/page_size.py",
         "sgl_lmcache/memory.py",
+        "sgl_lmcache/tiers.py",
     ),
+    *("hicache/ssd/directory.py", "hicache/ssd/locks.py", "hicache/ssd/opening.py", "hicache/ssd/tier.py"),
     *("sgl_lmcache/serve.py", "sgl_lmcache/cpu/mode.py", "transfer/slab.py"),
 )
 """Where a server's start can be refused. (config.py's sentences are listed in docs/configuration.md.)"""
 
 OUR_BUGS = ("The slab is closed", "A slab needs at least 1 slot", "slot_nbytes must be")
 """What only a caller of ours can cause."""
+
+PASSED_ON = [["sgl_lmcache: ", "."]]
+"""What only passes another's sentence on."""
+
+WARNINGS = {"logger.warning", "logger.error", "logger.exception"}
+LOGS = ("hicache", "transfer", "sgl_lmcache/tiers.py")
+"""Whose warnings and errors have rows too: what a tier below host memory says while the server runs."""
 
 FOREIGN_OPTIONS = {"--ulimit", "--cache-config"}
 """Docker's, and the one of `sgl-lmcache serve`."""
@@ -191,10 +200,31 @@ def test_troubleshooting_knows_every_start_error() -> None:
     raised = [(path, template) for path in START_SOURCES for template in _start_errors(ROOT / path)]
     assert len(raised) > 25
     for path, template in raised:
-        if template[0].startswith(OUR_BUGS):
-            continue
-        known = any(all(any(f in part for part in template) for f in _fragments(quote)) for quote in quotes())
-        assert known, f"{path}: no row of {TROUBLESHOOTING.name} quotes: {'...'.join(template)}"
+        if not template[0].startswith(OUR_BUGS) and template not in PASSED_ON:
+            assert _is_quoted(template), f"{path}: no row of {TROUBLESHOOTING.name} quotes: {'...'.join(template)}"
+
+
+def test_troubleshooting_knows_every_log_line_of_the_tiers() -> None:
+    logged = [(path, line) for path in _sources() if _is_in(path, LOGS) for line in _log_lines(path)]
+    assert len(logged) > 10
+    for path, line in logged:
+        assert _is_quoted(line.split("%s")), f"{path}: no row of {TROUBLESHOOTING.name} quotes: {line}"
+
+
+def _is_quoted(template: list[str]) -> bool:
+    return any(all(any(f in part for part in template) for f in _fragments(quote)) for quote in quotes())
+
+
+def _is_in(path: Path, places: tuple[str, ...]) -> bool:
+    return any(path.is_relative_to(ROOT / place) for place in places)
+
+
+def _log_lines(path: Path) -> Iterator[str]:
+    """The formats of a source's warnings and errors."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in WARNINGS:
+            (template,) = _templates(node.args[0])
+            yield template[0]
 
 
 def quotes() -> list[str]:
@@ -230,12 +260,11 @@ def _templates(tree: ast.AST) -> Iterator[list[str]]:
 
 
 def _start_errors(path: Path) -> Iterator[list[str]]:
-    """The sentences of what is raised in a source, and of the rows of a list of refusals."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        call = node.exc if isinstance(node, ast.Raise) else node
+    """The sentences of the errors that a source makes, and of the rows of a list of refusals."""
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
             continue
-        if isinstance(node, ast.Raise) and call.func.id in START_ERRORS:
+        if call.func.id in START_ERRORS:
             yield from list(_templates(call.args[0]))[:1]
         elif call.func.id == "Refusal":
             yield from list(_templates(call.args[1]))[:1]

@@ -15,6 +15,9 @@ ROOMS = ("sgl_lmcache", "hicache", "radix", "transfer")
 WRITES_FILES = {"sgl_lmcache/cpu/model.py"}
 """The generator of models for the demo and the tests."""
 
+READS_MACHINE = {"sgl_lmcache/doctor.py", "sgl_lmcache/disk.py"}
+"""The doctor tries whether a port is free and what a folder takes, and ends."""
+
 CONFIDENTIAL = {"anchor", "cache_salt", "extra_key", "hashes", "key", "keys", "new_input_tokens", "prompt", "salt"}
 CONFIDENTIAL |= {"text", "token_ids", "tokens"}
 
@@ -46,19 +49,39 @@ def test_no_log_line_holds_what_a_request_sent(path: Path) -> None:
             assert not (names | attributes) & CONFIDENTIAL, ast.unparse(call)
 
 
-def test_nothing_writes_files_or_opens_sockets_while_it_serves() -> None:
+def test_only_the_ssd_tier_writes_files_while_it_serves() -> None:
     found = {
         (str(path.relative_to(ROOT)), function)
         for path in sources()
         for function, call in calls(ast.parse(path.read_text(encoding="utf-8")))
         if function.endswith((".write_text", ".write_bytes", ".mkdir", ".mkstemp", ".mkdtemp", "socket.socket"))
         or (function.split(".")[-1] == "open" and any(_writes(argument) for argument in call.args))
+        or _makes(function, call)
     }
     files = {where for where, _ in found}
     assert files >= WRITES_FILES
-    # The doctor tries whether a port is free, and ends.
-    assert files - WRITES_FILES == {"sgl_lmcache/doctor.py"}
-    assert {function for where, function in found if where == "sgl_lmcache/doctor.py"} == {"socket.socket"}
+    serving = {where for where in files - WRITES_FILES if where not in READS_MACHINE}
+    assert serving
+    assert all(where == "transfer/files.py" or where.startswith("hicache/ssd/") for where in serving)
+    assert not {where for where, function in found if function == "socket.socket"} - READS_MACHINE
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_made_is_for_its_owner_only(path: Path) -> None:
+    for function, call in calls(ast.parse(path.read_text(encoding="utf-8"))):
+        if _makes(function, call):
+            assert ast.literal_eval(call.args[2]) == 0o600, ast.unparse(call)
+        elif function.endswith(".mkdir") and str(path.relative_to(ROOT)) not in WRITES_FILES:
+            modes = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "mode"]
+            assert modes == [0o700], ast.unparse(call)
+
+
+def _makes(function: str, call: ast.Call) -> bool:
+    """Whether this may make a file: flags that are not spelt out may say so."""
+    if function != "os.open":
+        return False
+    named = {node.attr for node in ast.walk(call.args[1]) if isinstance(node, ast.Attribute)}
+    return "O_CREAT" in named or not named
 
 
 def _writes(argument: ast.expr) -> bool:
