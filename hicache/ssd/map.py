@@ -233,20 +233,27 @@ class Map:
 
         Where the range cannot be read, each row is tried by itself.
         """
-        wanted = f"SELECT {_COLUMNS} FROM pages WHERE slot >= ? AND slot < ?"
         try:
-            return _columns(self._db.execute(wanted, (first, end)))
+            return self._select("slot >= ? AND slot < ?", first, end)
         except sqlite3.Error as error:
             self._pass_over(error)
-        if end - first == 1:
-            return NO_ROWS, NO_SLOTS
-        found = [self.between(slot, slot + 1) for slot in range(first, end)]
+        found = [self._row(slot) for slot in range(first, end)]
         return joined([rows for rows, _ in found]), np.concatenate([unsound for _, unsound in found])
+
+    def _row(self, slot: int) -> tuple[PageRows, Int64Array]:
+        try:
+            return self._select("slot = ?", slot)
+        except sqlite3.Error as error:
+            self._pass_over(error)
+            return NO_ROWS, NO_SLOTS
+
+    def _select(self, condition: str, *values: int | bytes) -> tuple[PageRows, Int64Array]:
+        return _columns(self._db.execute(f"SELECT {_COLUMNS} FROM pages WHERE {condition}", values))
 
     def page(self, key: bytes) -> PageRows:
         """The row of one page; none if it cannot be read."""
         try:
-            return _columns(self._db.execute(f"SELECT {_COLUMNS} FROM pages WHERE key = ?", (key,)))[0]
+            return self._select("key = ?", key)[0]
         except sqlite3.Error as error:
             self._pass_over(error)
             return NO_ROWS

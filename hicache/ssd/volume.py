@@ -147,34 +147,34 @@ class Volume:
     def read_failed(self, error: Exception) -> None:
         with self.lock:
             self.counters.read_errors += 1
-        self._trip(self.reads, f"cannot be read: {error}", reads=True)
+        self._give_up(f"cannot be read: {error}", self.reads)
 
     def write_failed(self, error: Exception) -> None:
         with self.lock:
             self.counters.write_errors += 1
-        self._trip(self.writes, f"cannot be written: {error}", writes=True)
+        self._give_up(f"cannot be written: {error}", self.writes)
 
     def map_failed(self, error: Exception) -> None:
         with self.lock:
             self.counters.map_errors += 1
-        self._trip(self.writes, f"has a map that cannot be used: {error}", writes=True)
+        self._give_up(f"has a map that cannot be used: {error}", self.writes)
 
     def went_away(self, error: Exception) -> None:
         """The folder is not what was opened any more: nothing of it may be served."""
-        self._trip(self.reads, f"is not usable any more: {error}", reads=True)
-        self._trip(self.writes, f"is not usable any more: {error}", writes=True)
+        self._give_up(f"is not usable any more: {error}", self.reads, self.writes)
+
+    def _give_up(self, what: str, *breakers: Breaker) -> None:
+        """The first failure is told; what waits for the disk is withdrawn."""
+        sentence = f"the store {self.spec.folder.path} {what}"
+        opened = [breaker for breaker in breakers if breaker.trip(sentence)]
+        if opened:
+            logger.error("sgl_lmcache: SSD tier: %s; going on without it, and trying again", sentence)
+        self.workers.withdraw(reads=self.reads in breakers, writes=self.writes in breakers)
 
     @property
     def ails(self) -> str:
         """What is wrong; empty if nothing is."""
         return self.reads.reason or self.writes.reason
-
-    def _trip(self, breaker: Breaker, what: str, *, reads: bool = False, writes: bool = False) -> None:
-        """The first failure is told; what waits for the disk is withdrawn."""
-        sentence = f"the store {self.spec.folder.path} {what}"
-        if breaker.trip(sentence):
-            logger.error("sgl_lmcache: SSD tier: %s; going on without it, and trying again", sentence)
-        self.workers.withdraw(reads=reads, writes=writes)
 
     # ---- trials ----
 

@@ -129,7 +129,11 @@ class Workers:
             self._changed.notify_all()
         self.withdraw()
         with self._changed:
-            return self._changed.wait_for(lambda: not self._under_way, timeout_s)
+            is_quiet = self._changed.wait_for(lambda: not self._under_way, timeout_s)
+        if is_quiet:
+            for thread in self._threads:
+                thread.join()
+        return is_quiet
 
     def _serve(self) -> None:
         while (work := self._take()) is not None:
