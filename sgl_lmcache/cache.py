@@ -76,9 +76,7 @@ class TieredRadixCache(UnifiedRadixCache):
         self._prefill_clock: PrefillClock | None = None
         super().__init__(params)
 
-    def attach(
-        self, linker: Linker, namespace: Namespace, ranks: Ranks, *, open_tier: OpenTier | None = None
-    ) -> None:
+    def attach(self, linker: Linker, namespace: Namespace, ranks: Ranks, *, open_tier: OpenTier | None = None) -> None:
         """Turn the tiers on. ranks: those that hold shards of the same pages.
 
         open_tier: opens the tier below host memory, if there is one, for a namespace to come.

@@ -1,4 +1,4 @@
-"""Fetches and spills by example: what goes up and down between host memory and a tier that answers when it is told to."""
+"""Fetches and spills by example: what moves between host memory and a tier that answers when it is told to."""
 
 from __future__ import annotations
 

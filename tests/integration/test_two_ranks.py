@@ -179,9 +179,12 @@ def test_a_rank_that_has_diverged_taints_all_and_nobody_hangs(seed: int, monkeyp
     for scheduler in two.schedulers:
         scheduler.end_weights()
     two.take(step("flush"))
+    for scheduler in two.schedulers:
+        if scheduler.tier is not None:
+            scheduler.tier.release()
     lost = two.schedulers[1].real.engine
     with mock.patch.object(lost, "begin_offload", lost.skip_offload):
-        two.take(step("arrive", "lost", Prompt(tuple(range(40)))))
+        two.take(step("arrive", "lost", Prompt(tuple(range(5000, 5040)))))
         two.take(step("prefill", 32, 6))
     assert not lost.tainted
     two.take(step("prefill", 32, 6))
@@ -192,7 +195,7 @@ def test_a_rank_that_has_diverged_taints_all_and_nobody_hangs(seed: int, monkeyp
     two.take(step("prefill", 1, 1))
     two.take(step("evict", 40))
     for rid in ("leads", "follows"):
-        two.take(step("arrive", rid, Prompt(tuple(range(40)))))
+        two.take(step("arrive", rid, Prompt(tuple(range(5000, 5040)))))
     for _ in range(3):
         two.take(step("prefill", 1, 6))
     diverged = Walk(rng, two.schedulers[0])

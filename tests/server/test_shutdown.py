@@ -26,11 +26,10 @@ import pytest
 
 from tests.server.conftest import CACHED, Fleet, at_tp
 from tests.server.traffic import prompt
-from tests.support.server import ANSWER_TIMEOUT_S, Server, wait_for
+from tests.support.server import ANSWER_TIMEOUT_S, END_TIMEOUT_S, Server, wait_for
 
 pytestmark = pytest.mark.server
 
-END_TIMEOUT_S = 60.0
 N_CLIENTS = 4
 
 
@@ -51,8 +50,7 @@ def test_sigterm_with_copies_in_flight(fleet: Fleet, tmp_path: Path, tp_size: in
         with server.held_copies():
             server.generate(prompt("terminated", 700))
             assert server.inspect().host["incoming"] > 0
-            os.kill(server.processes.leader, signal.SIGTERM)
-            assert server.processes.wait(END_TIMEOUT_S) == 0, server.processes.log_tail()
+            server.terminate()
         _check_nothing_is_left(server, slabs, tmp_path)
         assert len(server.log_lines("sgl_lmcache: Stats")) == tp_size
 

@@ -48,6 +48,7 @@ class Inspection(msgspec.Struct, frozen=True):
     checked: int
     mismatched: int
     tainted: bool
+    tier: dict[str, int]
     n_delays: int
     n_reductions: int
     loop: dict[str, int]

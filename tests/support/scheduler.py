@@ -318,7 +318,8 @@ class Scheduler:
         assert self.tier is not None
         self.tier.fail_next(n_failing)
         self.tier.miss_next(n_missing)
-        self.tier.release(min(n_calls, self.tier.n_held))
+        if self.tier.n_held:
+            self.tier.release(min(n_calls, self.tier.n_held))
         self.seen["the tier failed"] += n_failing
 
     def tier_forgets(self, n_kept: int) -> None:

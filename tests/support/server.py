@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ __all__ = [
 START_TIMEOUT_S = 480.0
 """On two idle cores a server is ready within half a minute, two ranks within one; this is for busy machines."""
 
+END_TIMEOUT_S = 60.0
+
 PROBE = Path(__file__).parent / "probe"
 
 STRICT_CHECKS = {
@@ -81,7 +84,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for one prompt. Token counts are SGLang's: `host_tokens` were restored from host memory."""
+    """What came back for one prompt. Token counts are SGLang's: `host_tokens` were restored from host memory, and
+    `storage_tokens` as well, but were fetched into it for this request."""
 
     rid: str
     text: str
@@ -91,6 +95,7 @@ class Answer:
     cached_tokens: int
     device_tokens: int
     host_tokens: int
+    storage_tokens: int
     finish_reason: str
 
 
@@ -133,6 +138,11 @@ class Server:
         """Start the processes and do not wait: for servers that are to fail. They are the caller's to stop."""
         self._folder.mkdir(parents=True, exist_ok=True)
         return ProcessGroup(self._command(), self._environment(), self._folder / f"{self.setup.name}.log")
+
+    def terminate(self) -> None:
+        """SIGTERM to the main process, as an operator sends it; returns when it has ended by itself, and well."""
+        os.kill(self.processes.leader, signal.SIGTERM)
+        assert self.processes.wait(END_TIMEOUT_S) == 0, self.processes.log_tail()
 
     def stop(self) -> None:
         """Returns when no process is left. Calling it again does nothing."""
@@ -349,6 +359,7 @@ def _answer(body: Mapping[str, Any]) -> Answer:
         cached_tokens=meta.get("cached_tokens", 0),
         device_tokens=details["device"],
         host_tokens=details["host"],
+        storage_tokens=details.get("storage", 0),
         finish_reason=(meta.get("finish_reason") or {"type": ""})["type"],
     )
 

@@ -215,6 +215,7 @@ class Probe:
             "checked": self._recorder.checked,
             "mismatched": self._recorder.mismatched,
             "tainted": cache._engine.tainted,
+            "tier": _tier(cache._engine),
             "n_delays": self.trouble.n_delays,
             "n_reductions": getattr(cache._ranks, "n_reductions", 0),
             "loop": self._gaps.take(),
@@ -270,7 +271,7 @@ def _open(cache: TieredRadixCache) -> dict[str, int]:
     """What is under way, or promised, or remembered for a request that has not ended. All 0 in a server at rest."""
     wrapper = cache.linker
     assert wrapper is not None
-    linker = wrapper.cache_linker
+    linker, below = wrapper.cache_linker, cache._engine.below
     return {
         "tickets": len(cache._engine._tickets),
         "waiting": len(cache._waiting),
@@ -282,7 +283,16 @@ def _open(cache: TieredRadixCache) -> dict[str, int]:
         "running_loads": len(linker._running),
         "private_loads": len(wrapper.private_load_indices),
         "copying": cache._engine._n_copying,
+        "below": 0 if below is None else len(below.fetches) + len(below.spills),
     }
+
+
+def _tier(engine: Engine) -> dict[str, int]:
+    """What the tier below host memory counts; empty without one."""
+    if engine.below is None:
+        return {}
+    health = engine.below.tier.health()
+    return {**engine.below.tier.stats(), "available": int(health.available)}
 
 
 def _hbm(cache: TieredRadixCache) -> dict[str, int]:
