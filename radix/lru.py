@@ -161,6 +161,10 @@ class Lru:
             row = int(self._links.newer[row])
         return np.array(rows, np.int32)
 
+    def reserve(self, n_rows: int) -> None:
+        for column in self._links[:-1]:
+            column[:n_rows] = 0
+
     @property
     def nbytes(self) -> int:
         return sum(column.nbytes for column in self._links)

@@ -35,6 +35,9 @@ class Policy(Protocol):
     def members(self) -> Rows:
         """All rows it holds, each once, first in line for eviction first. Slow: for checks."""
 
+    def reserve(self, n_rows: int) -> None:
+        """Write zeros into the memory of the first `n_rows` rows, while it holds none."""
+
     @property
     def nbytes(self) -> int:
         """Of its columns."""

@@ -61,9 +61,12 @@ class Changes:
 
 
 class Pages:
-    """n_slots: as many as may ever exist; none does before `fill` or `add_slots`. eviction: a policy of `radix`."""
+    """n_slots: as many as may ever exist; none does before `begin_fill` or `add_slots`. eviction: a policy of `radix`.
 
-    def __init__(self, n_slots: int, eviction: str) -> None:
+    n_expected: of so many the memory is supplied by the constructor, so that no fill pays for it under the lock.
+    """
+
+    def __init__(self, n_slots: int, eviction: str, n_expected: int = 0) -> None:
         self.n_slots = n_slots
         self.n_live = 0
         self.n_dying = 0
@@ -81,6 +84,10 @@ class Pages:
         self._lingering = np.zeros(n_slots, np.bool_)
         self._dying: deque[Slots] = deque()
         self._left: NDArray[np.bool_] | None = None
+        if n_expected:
+            self.index.reserve(n_expected)
+            for column in (self._checksum, self._last_use, self._n_readers, self._unsaved, self._touched):
+                column[:] = 0
 
     @property
     def n_free(self) -> int:

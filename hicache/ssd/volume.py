@@ -90,7 +90,7 @@ class Volume:
         self.wants_growth = False
         self.grow_again_at_s = 0.0
         self.opened = opened
-        self.pages = Pages(opened.geometry.n_slots, spec.eviction)
+        self.pages = Pages(opened.geometry.n_slots, spec.eviction, opened.files.n_slots)
 
     @property
     def geometry(self) -> Geometry:
@@ -135,7 +135,7 @@ class Volume:
 
     def renew(self, opened: Opened) -> None:
         """Go on with this store, which is still to be filled."""
-        pages = Pages(opened.geometry.n_slots, self.spec.eviction)
+        pages = Pages(opened.geometry.n_slots, self.spec.eviction, opened.files.n_slots)
         with self.lock:
             self.opened, self.pages = opened, pages
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from radix import HBM, ROOT, Index, IndexFull
+from radix import HBM, ROOT, Index, IndexFull, StillHeld
 from tests.radix.model import page_keys
 
 PATHS = st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=8)
@@ -112,6 +112,17 @@ def test_blobs_of_different_lengths_are_refused() -> None:
         Index(4).insert_pages(bytes(32), bytes(64))
     with pytest.raises(ValueError, match="whole keys"):
         Index(4).insert_pages(bytes(31), bytes(31))
+
+
+def test_reserving_changes_nothing_and_is_for_an_empty_index() -> None:
+    index = Index(64)
+    index.reserve(32)
+    index.check_invariants()
+    rows = index.insert(b"".join(page_keys("abc")))
+    index.put(rows, HBM)
+    with pytest.raises(StillHeld, match="3 rows are in use"):
+        index.reserve(32)
+    index.check_invariants()
 
 
 def test_parents_and_depths_say_where_rows_are() -> None:
