@@ -1,7 +1,7 @@
 """The command `sgl-lmcache`. Exit codes: 0 all is well, 1 something was found or failed, 2 the command line is wrong.
 
 Each command imports what it needs when it runs, and none of them imports SGLang or torch into this process (`serve`
-becomes SGLang's): `--help`, `--version` and `config` answer at once.
+becomes SGLang's): `--help`, `--version` and `config` answer at once. What is done to an SSD tier is in `ssd_cli`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_lmcache import __version__
+from sgl_lmcache import __version__, ssd_cli
 from sgl_lmcache.errors import StartError
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     config = commands.add_parser("config", help="print the effective configuration, and where each value comes from")
     config.add_argument("--check", type=Path, metavar="FILE", help="only check this file instead of the one in use")
     config.set_defaults(run=_config)
+
+    ssd_cli.add_commands(commands)
     return parser
 
 

@@ -94,8 +94,7 @@ def sglang_options() -> frozenset[str]:
 
 
 def subcommands() -> dict[str, argparse.ArgumentParser]:
-    (action,) = (action for action in cli._parser()._actions if isinstance(action, argparse._SubParsersAction))
-    return dict(action.choices)
+    return _commands_below(cli._parser())
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
@@ -132,7 +131,9 @@ def test_our_commands_and_their_options_exist() -> None:
                 sglang_options() | {"--cache-config", "--help"} if name == "serve" else _options(subcommands()[name])
             )
             assert set(_long_options(rest)) <= known, command
-    assert {"serve", "doctor", "config"} <= called
+            below = _commands_below(subcommands()[name])
+            assert not below or rest.split()[0] in below, command
+    assert {"serve", "doctor", "config", "ssd"} <= called
 
 
 def test_options_of_sglang_exist() -> None:
@@ -147,7 +148,8 @@ def test_options_named_alone_exist() -> None:
     ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*") if path.is_file())
     for command in commands():
         for option in _long_options(command) if command.startswith("--") else ():
-            assert option in sglang_options() | FOREIGN_OPTIONS or option in ours, command
+            known = sglang_options() | FOREIGN_OPTIONS | _options(cli._parser())
+            assert option in known or option in ours, command
 
 
 def test_scripts_and_their_options_exist() -> None:
@@ -275,7 +277,14 @@ def _long_options(text: str) -> list[str]:
 
 
 def _options(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
+    """Those of a command, and of the commands below it."""
+    options = {option for action in parser._actions for option in action.option_strings}
+    return options.union(*(_options(below) for below in _commands_below(parser).values()))
+
+
+def _commands_below(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    choices = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(choices[0]) if choices else {}
 
 
 def _without_blocks(page: Path) -> str:
