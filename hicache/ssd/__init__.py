@@ -10,12 +10,25 @@ Read in this order:
     volume, breaker             an open store, and what to do when its disk fails
     checksum    pages are bound to their names
     counters    what is counted
+    check       an offline scan of stores that are not open
 """
 
+from hicache.ssd.check import Damage, Report, check_path, check_store
 from hicache.ssd.counters import Counters
 from hicache.ssd.directory import check_directory, check_limit
 from hicache.ssd.locks import StoreError
 from hicache.ssd.sizes import limit_for
 from hicache.ssd.tier import SsdTier
 
-__all__ = ["Counters", "SsdTier", "StoreError", "check_directory", "check_limit", "limit_for"]
+__all__ = [
+    "Counters",
+    "Damage",
+    "Report",
+    "SsdTier",
+    "StoreError",
+    "check_directory",
+    "check_limit",
+    "check_path",
+    "check_store",
+    "limit_for",
+]

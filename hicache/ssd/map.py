@@ -193,15 +193,19 @@ class Map:
 
     def delete_beyond(self, n_slots: int) -> int:
         """Forget rows of slots outside 0 .. n_slots, as far as they can be read. Returns how many there were."""
-        beyond = "SELECT slot FROM pages WHERE slot < 0 OR slot >= ? LIMIT ?"
         n_deleted = 0
         try:
-            while slots := self._db.execute(beyond, (n_slots, TRANSACTION_ROWS)).fetchall():
-                self.delete([slot for (slot,) in slots])
+            while slots := self.slots_beyond(n_slots, TRANSACTION_ROWS):
+                self.delete(slots)
                 n_deleted += len(slots)
         except sqlite3.Error as error:
             self._pass_over(error)
         return n_deleted
+
+    def slots_beyond(self, n_slots: int, limit: int = -1) -> list[int]:
+        """The slots outside 0 .. n_slots that have rows; at most `limit` of them, if that is not negative."""
+        beyond = "SELECT slot FROM pages WHERE slot < 0 OR slot >= ? LIMIT ?"
+        return [slot for (slot,) in self._db.execute(beyond, (n_slots, limit))]
 
     def delete(self, slots: Sequence[int]) -> None:
         """Forget the rows of these slots, in one transaction: at most `TRANSACTION_ROWS`."""

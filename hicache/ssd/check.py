@@ -1,0 +1,214 @@
+"""An offline scan of stores: every page that a map names is read and verified, and what is wrong is named.
+
+A store that is open is left alone: its lock is taken for the scan. With `fix` the map forgets what is damaged and
+what hangs below it; a map that cannot be read at all is deleted, and its store starts empty.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+
+from hicache.ssd.checksum import checksum, namespace_seed, seeds
+from hicache.ssd.directory import FORMAT, StoreFolder, stores_in
+from hicache.ssd.locks import StoreError, lock_store
+from hicache.ssd.map import TRANSACTION_ROWS, ForeignMap, Identity, Map, PageRows, delete_map
+from hicache.ssd.pages import ROOT_KEY
+from radix import KEY_NBYTES
+
+_CHUNK_NBYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is wrong. key, slot: of the page, where it is about one and they are known."""
+
+    what: str
+    key: bytes | None = None
+    slot: int | None = None
+
+
+@dataclass(slots=True)
+class Report:
+    """What a scan found in one store. skipped: why it was not scanned, or empty.
+
+    n_pages: verified or found damaged. n_dropped: rows that `fix` took out of the map.
+    """
+
+    folder: Path
+    skipped: str = ""
+    n_pages: int = 0
+    nbytes: int = 0
+    n_dropped: int = 0
+    damage: list[Damage] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.damage
+
+
+Progress = Callable[[Path, int], None]
+"""Told (store, slots done) every 8 MiB."""
+
+
+def no_progress(folder: Path, n_done: int) -> None:
+    """Tells nobody."""
+
+
+def check_path(path: Path, *, fix: bool, progress: Progress = no_progress) -> Iterator[Report]:
+    """Scan all stores below a directory, one after another. Raises StoreError if it is no such directory."""
+    if not path.is_dir():
+        raise StoreError(f"{path} is not a folder: name the path of an SSD tier")
+    for store in stores_in(path):
+        yield check_store(store, fix=fix, progress=progress)
+
+
+def check_store(store: StoreFolder, *, fix: bool, progress: Progress = no_progress) -> Report:
+    """Scan one store. Blocks for as long as reading it takes; holds one chunk of it in memory. Raises OSError."""
+    if store.format != FORMAT:
+        return Report(store.path, skipped=f"it has format {store.format}, this version reads {FORMAT}")
+    lock = lock_store(store.path)
+    if lock is None:
+        return Report(store.path, skipped="it is in use")
+    try:
+        return _Scan(store, fix, progress).run()
+    finally:
+        lock.release()
+
+
+class _Scan:
+    """One scan, under the store's lock."""
+
+    def __init__(self, store: StoreFolder, fix: bool, progress: Progress) -> None:
+        self._store = store
+        self._fix = fix
+        self._progress = progress
+        self._report = Report(store.path)
+        self._seed = namespace_seed(store.path.parent.name)
+        self._good: dict[bytes, int] = {}
+        self._parents: dict[bytes, bytes] = {}
+        self._dropped: list[int] = []
+        self._page_nbytes = 0
+        self._segment_slots = 0
+
+    def run(self) -> Report:
+        if not (self._store.path / "map.db").exists():
+            self._found("there is no map: what its files hold cannot be found")
+            return self._report
+        try:
+            store_map = self._open_map()
+        except (ForeignMap, sqlite3.Error) as error:
+            return self._unreadable(error)
+        try:
+            self._scan(store_map)
+        except sqlite3.Error as error:
+            return self._unreadable(error)
+        finally:
+            store_map.close()
+        if store_map.is_damaged:
+            self._found("a part of the map cannot be read: the next start makes it anew from the rest")
+        return self._report
+
+    def _open_map(self) -> Map:
+        db = sqlite3.connect(self._store.path / "map.db")
+        try:
+            notes = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('page_nbytes', 'segment_slots')"))
+        finally:
+            db.close()
+        self._page_nbytes, self._segment_slots = (
+            size if isinstance(size, int) and size > 0 else 0
+            for size in (notes.get("page_nbytes"), notes.get("segment_slots"))
+        )
+        if not (self._page_nbytes and self._segment_slots):
+            raise sqlite3.DatabaseError("it does not say how large pages and files are")
+        identity = Identity(self._store.path.parent.name, self._page_nbytes, self._store.slot_nbytes)
+        return Map(self._store.path, identity)
+
+    def _unreadable(self, error: Exception) -> Report:
+        self._found(f"the map cannot be used: {error}")
+        if self._fix:
+            delete_map(self._store.path)
+        return self._report
+
+    def _found(self, what: str, key: bytes | None = None, slot: int | None = None) -> None:
+        self._report.damage.append(Damage(what, key, slot))
+
+    # ---- pages ----
+
+    def _scan(self, store_map: Map) -> None:
+        segments = 0
+        while (data := self._store.path / f"data.{segments}").exists():
+            with data.open("rb", buffering=0) as file:
+                self._scan_segment(store_map, file, segments * self._segment_slots)
+            segments += 1
+        self._find_outside(store_map, segments)
+        self._find_orphans()
+        if self._fix:
+            for at in range(0, len(self._dropped), TRANSACTION_ROWS):
+                store_map.delete(self._dropped[at : at + TRANSACTION_ROWS])
+            self._report.n_dropped = len(self._dropped)
+
+    def _scan_segment(self, store_map: Map, file: FileIO, base: int) -> None:
+        slot_nbytes = self._store.slot_nbytes
+        step = max(1, _CHUNK_NBYTES // slot_nbytes)
+        for first in range(0, self._segment_slots, step):
+            end = min(first + step, self._segment_slots)
+            rows, unsound = store_map.between(base + first, base + end)
+            for slot in unsound.tolist():
+                self._damaged(None, slot, "its row in the map makes no sense")
+            try:
+                data = os.pread(file.fileno(), (end - first) * slot_nbytes, first * slot_nbytes)
+            except OSError as error:
+                self._found(f"slots {base + first} to {base + end} cannot be read: {error}")
+                data = b""
+            self._verify(rows, memoryview(data), base + first)
+            os.posix_fadvise(file.fileno(), first * slot_nbytes, len(data), os.POSIX_FADV_DONTNEED)
+            self._progress(self._store.path, base + end)
+
+    def _verify(self, rows: PageRows, data: memoryview, base: int) -> None:
+        page_seeds, wanted = seeds(rows.keys, self._seed).tolist(), rows.checksums.tolist()
+        for at, slot in enumerate(rows.slots.tolist()):
+            span = slice(KEY_NBYTES * at, KEY_NBYTES * (at + 1))
+            key = rows.keys[span]
+            start = (slot - base) * self._store.slot_nbytes
+            payload = data[start : start + self._page_nbytes]
+            self._report.n_pages += 1
+            self._report.nbytes += self._page_nbytes
+            if len(payload) < self._page_nbytes:
+                self._damaged(key, slot, "its bytes are missing, or cannot be read")
+            elif checksum(payload, page_seeds[at]) != wanted[at]:
+                self._damaged(key, slot, "its bytes do not match its checksum and name")
+            else:
+                self._good[key] = slot
+                self._parents[key] = rows.parents[span]
+
+    def _damaged(self, key: bytes | None, slot: int, what: str) -> None:
+        self._found(what, key, slot)
+        self._dropped.append(slot)
+
+    # ---- rows ----
+
+    def _find_outside(self, store_map: Map, n_segments: int) -> None:
+        for slot in store_map.slots_beyond(n_segments * self._segment_slots):
+            self._damaged(None, slot, "the map names it, and no file has it")
+        for file in sorted(self._store.path.iterdir()):
+            number = file.name.removeprefix("data.")
+            is_data = number.isdecimal() and int(number) < n_segments
+            if not is_data and file.name not in ("lock", "map.db", "map.db-wal", "map.db-shm"):
+                self._found(f"a file that does not belong to the store: {file.name}")
+
+    def _find_orphans(self) -> None:
+        """Good pages whose path to the root is not whole: they cannot be reached, so `fix` drops them too."""
+        whole, lost = {ROOT_KEY}, set[bytes]()
+        for key in self._good:
+            path: dict[bytes, None] = {}
+            while key not in whole and key in self._parents and key not in lost and key not in path:
+                path[key] = None
+                key = self._parents[key]
+            (whole if key in whole else lost).update(path)
+        for key in sorted(lost, key=self._good.__getitem__):
+            self._damaged(key, self._good[key], "a page above it is damaged or missing")
