@@ -33,7 +33,8 @@ class HostTier:
         self._free = SlotAllocator(n_slots)
         self._stats = stats
         self._stored_below = np.zeros(n_slots, dtype=np.bool_)
-        self._n_lingering = 0
+        self._lingering = np.zeros(n_slots, dtype=np.int32)
+        """How many reads and writes of a lower tier still hold a slot that has lost its page."""
         self.n_slots = n_slots
 
     def admit(self, rows: Rows) -> Rows:
@@ -85,9 +86,9 @@ class HostTier:
         self._stored_below[:] = False
 
     def end_lingering(self, slots: Slots) -> None:
-        """Nothing reads or writes these lingering slots any more: they are free."""
-        self._n_lingering -= len(slots)
-        self._free.give(slots)
+        """One read or write of these lingering slots has ended. Those of which it was the last are free."""
+        self._lingering[slots] -= 1
+        self._free.give(slots[self._lingering[slots] == 0])
 
     @property
     def n_free(self) -> int:
@@ -98,16 +99,21 @@ class HostTier:
         return self._index.count(HOST, State.RESIDENT)
 
     def clear(self, lingering: Slots) -> None:
-        """All slots are free but these. The index must have been cleared: nothing may be leased or incoming."""
-        self._free = SlotAllocator(self.n_slots, taken=lingering)
-        self._n_lingering = len(lingering)
+        """All slots are free but these, of which one is named once for each read or write that holds it.
+
+        The index must have been cleared: nothing may be leased or incoming.
+        """
+        self._lingering[:] = 0
+        np.add.at(self._lingering, lingering, 1)
+        self._free = SlotAllocator(self.n_slots, taken=np.flatnonzero(self._lingering))
 
     def check_invariants(self) -> None:
         """The conservation law of this file; raises AssertionError that names the sum."""
         self._free.check_invariants()
         incoming = self._index.count(HOST, State.INCOMING)
-        total = self._free.n_free + incoming + self.n_resident + self._n_lingering
+        n_lingering = int(np.count_nonzero(self._lingering))
+        total = self._free.n_free + incoming + self.n_resident + n_lingering
         assert total == self.n_slots, (
             f"slots are not conserved: {self._free.n_free} free + {incoming} incoming + {self.n_resident} resident + "
-            f"{self._n_lingering} lingering is {total}, capacity is {self.n_slots}"
+            f"{n_lingering} lingering is {total}, capacity is {self.n_slots}"
         )

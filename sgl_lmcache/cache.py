@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLEAR_TIMEOUT_S = 10.0
-"""How long `/clear_hicache_storage_backend` may keep the scheduler. Deleting goes on after it."""
+"""How long `/hicache/storage-backend/clear` may keep the scheduler. Deleting goes on after it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -278,7 +278,7 @@ class TieredRadixCache(UnifiedRadixCache):
         return False
 
     def clear_storage_backend(self) -> bool:
-        """`/clear_hicache_storage_backend` empties the tier below host memory. False: it failed, or is still at it."""
+        """`/hicache/storage-backend/clear` empties the tier below host memory. False: it failed, or is still at it."""
         if self.linker is None:
             return True
         cleared = self._engine.clear_below()

@@ -400,6 +400,26 @@ def test_a_reset_does_not_wait_for_the_disk_and_gives_no_slot_away_that_it_may_w
     assert rig.engine.stats.fetched == 0, "what was dropped has not landed"
 
 
+def test_a_slot_that_is_read_and_written_lingers_until_both_have_ended(rig: Rig) -> None:
+    keys = path_keys("abcd")
+    rig.store_below_only(keys)
+    rig.memory.delete(split(keys)[0])
+    rig.write_back(keys[:32])
+    rig.engine.open_ticket(keys, None)
+    rig.memory.delete(split(keys)[0])
+    rig.agree()
+    rig.tier.hold()
+    rig.engine.clear_below()  # so that all of the path is offered again
+    offload = rig.engine.begin_offload(path_keys("abcde")[4 * 32 :], keys[3 * 32 :])
+    assert offload is not None
+    rig.engine.finish_offload(offload, landed=True)
+    rig.engine.reset()
+    rig.engine.check_invariants()
+    rig.tier.release()
+    rig.agree()
+    assert rig.engine.host.n_free == 32
+
+
 def test_another_tier_takes_over_while_the_old_one_still_writes(rig: Rig) -> None:
     keys = path_keys("ab")
     rig.store_below_only(keys)

@@ -302,6 +302,10 @@ class Server:
         """Empty HBM and host memory, waiting for requests that are on their way out."""
         self._post("/flush_cache", {}, timeout=30)
 
+    def clear_storage(self) -> None:
+        """Empty the tier below host memory."""
+        self._post("/hicache/storage-backend/clear", {})
+
     def try_flush(self) -> bool:
         """Flush now or not at all; whether it was done."""
         response = self._http.post("/flush_cache")

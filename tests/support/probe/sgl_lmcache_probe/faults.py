@@ -8,6 +8,7 @@ Delays are random, so that two ranks meet in other orders each time; what a test
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections import Counter
@@ -34,9 +35,16 @@ class Faults(msgspec.Struct, frozen=True):
     n_failing_offloads: int
     n_failing_restores: int
     copies_go_on: bool
+    disk_errno: int
+    disk_calls: tuple[str, ...]
+    disk_hangs: bool
+    disk_nbytes_per_s: float
 
 
-NONE = Faults(None, 0.0, 0.0, 0, 0, False)
+NONE = Faults(None, 0.0, 0.0, 0, 0, False, 0, (), False, 0.0)
+
+DISK_CALLS = ("open", "fallocate", "preadv", "pwritev", "fdatasync")
+"""Methods of `transfer.files.System` that can be made to fail."""
 
 
 class Trouble:
@@ -49,6 +57,7 @@ class Trouble:
         self._rank = rank
         self._chance = random.Random(rank)
         self._lock = Lock()
+        self._disk = Lock()
         self._version = 0
         self._faults = NONE
         self._n_begun: Counter[str] = Counter()
@@ -79,6 +88,20 @@ class Trouble:
             fails = self._n_begun[direction] <= n_failing
         if fails:
             raise CopyFailureError("a test wanted this copy to fail")
+
+    def around_disk(self, name: str, call: Callable[..., Any], *args: Any) -> Any:
+        """A system call of the SSD tier."""
+        faults = self._current()
+        if faults.disk_errno and name in faults.disk_calls:
+            raise OSError(faults.disk_errno, f"{os.strerror(faults.disk_errno)} (a test wanted it)")
+        if name in ("preadv", "pwritev"):
+            while self._current().disk_hangs:
+                time.sleep(HOLD_POLL_S)
+        result = call(*args)
+        if name == "preadv" and faults.disk_nbytes_per_s:
+            with self._disk:
+                time.sleep(result / faults.disk_nbytes_per_s)
+        return result
 
     def before_call(self, *_args: Any, **_kwargs: Any) -> None:
         longest_s = self._current().call_delay_s

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from radix import HBM, HOST, ROOT, Index, Rows, State, kernels
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache_probe import directory, times, write_json
-from sgl_lmcache_probe.faults import Trouble
+from sgl_lmcache_probe.faults import DISK_CALLS, Trouble
 from sgl_lmcache_probe.recorder import KEY_NBYTES, Pages, Recorder, split
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ def register_hooks(rank: int, *, watching: bool) -> Probe:
         ("sglang.srt.managers.scheduler.Scheduler.ingest_requests", probe.after_ingest, HookType.AFTER),
         ("transfer.cpu._Planes.offload", probe.trouble.around_offload, HookType.AROUND),
         ("transfer.cpu._Planes.restore", probe.trouble.before_restore, HookType.BEFORE),
+        *(
+            (f"transfer.files.System.{name}", partial(probe.trouble.around_disk, name), HookType.AROUND)
+            for name in DISK_CALLS
+        ),
         ("sgl_lmcache.cache.TieredRadixCache.on_release", probe.after_release, HookType.AFTER),
         ("sgl_lmcache.cache.TieredRadixCache.release_aborted_request", probe.after_queue_abort, HookType.AFTER),
     ]
