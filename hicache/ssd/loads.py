@@ -38,8 +38,7 @@ class _Loading:
         self._error: Exception | None = None
 
     def pieces(self) -> list[_ReadPiece]:
-        step, n_pages = self.volume.piece_pages, len(self.read)
-        pieces = [_ReadPiece(self, at, min(at + step, n_pages)) for at in range(0, n_pages, step)]
+        pieces = [_ReadPiece(self, first, end) for first, end in self.volume.pieces(len(self.read))]
         self._n_left = len(pieces)
         return pieces
 

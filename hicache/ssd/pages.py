@@ -173,7 +173,8 @@ class Pages:
         return rows
 
     def let_go(self, rows: Rows) -> None:
-        self.index.release(rows)
+        if len(rows):
+            self.index.release(rows)
 
     def states(self, rows: Rows) -> NDArray[np.uint8]:
         return self.index.states(rows, HOST)
@@ -203,7 +204,8 @@ class Pages:
         self._last_use[slots] = self.clock
         self._unsaved[slots] = True
         self.index.commit(kept, HOST)
-        self.abort_write(rows[condemned])
+        if len(kept) < len(rows):
+            self.abort_write(rows[condemned])
         return len(kept)
 
     def abort_write(self, rows: Rows) -> None:

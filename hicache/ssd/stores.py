@@ -174,9 +174,8 @@ class Stores:
         slab_slots = storing.slab_slots[positions]
         page_seeds = seeds(storing.keys, self._volume.seed)[positions]
         pieces = []
-        step = self._volume.piece_pages
-        for at in range(0, len(rows), step):
-            span = slice(at, at + step)
+        for first, end in self._volume.pieces(len(rows)):
+            span = slice(first, end)
             piece = _WritePiece(self, rows[span], file_slots[span], slab_slots[span], page_seeds[span].tolist())
             piece.waiters.append(storing)
             self._writing.update(dict.fromkeys(piece.rows.tolist(), piece))

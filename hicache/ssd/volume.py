@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 PIECE_NBYTES = 2 << 20
 PIECE_PAGES = 64
-"""One I/O thread moves at most so much before it takes the next piece of work."""
+"""About so much an I/O thread moves before it takes the next piece of work."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,9 +104,11 @@ class Volume:
     def map(self) -> Map:
         return self.opened.map
 
-    @property
-    def piece_pages(self) -> int:
-        return max(1, min(PIECE_PAGES, PIECE_NBYTES // self.geometry.slot_nbytes))
+    def pieces(self, n_pages: int) -> list[tuple[int, int]]:
+        """Half-open ranges of n pages, about equally long, each for one I/O thread."""
+        wanted = max(1, min(PIECE_PAGES, PIECE_NBYTES // self.geometry.slot_nbytes))
+        n_pieces = max(1, round(n_pages / wanted)) if n_pages else 0
+        return [(n_pages * i // n_pieces, n_pages * (i + 1) // n_pieces) for i in range(n_pieces)]
 
     @property
     def may_grow(self) -> bool:
