@@ -139,6 +139,10 @@ class Keeper:
             except (OSError, sqlite3.Error) as error:
                 self._volume.map_failed(error)
                 future.set_exception(TierError(f"the map of {self._volume.spec.folder.path} failed: {error}"))
+            except Exception as error:
+                if not future.done():
+                    future.set_exception(TierError(f"the SSD tier met a bug, which is in the log: {error!r}"))
+                raise
 
     def _fill_on(self, fill: Iterator[None]) -> None:
         try:
@@ -146,6 +150,8 @@ class Keeper:
                 next(fill)
         except StopIteration:
             self._fill = None
+            if self._volume.is_filling:
+                self._volume.map_failed(RuntimeError("reading it was broken off"))
         except (OSError, sqlite3.Error) as error:
             self._fill = None
             self._volume.map_failed(error)
@@ -237,13 +243,15 @@ class Keeper:
     # ---- room ----
 
     def _grow(self) -> None:
-        """Another segment; where there is no room for one, the tier goes on with those it has."""
+        """Another segment; where there is no room for one, the tier goes on with those it has.
+
+        Allocating a large file may take long on a healthy disk, so this is not taken for a hang.
+        """
         volume = self._volume
         volume.wants_growth = False
         reason = "the directory's capacity is used up"
         try:
-            with self._at_disk():
-                grew = grow(volume.spec, volume.opened)
+            grew = grow(volume.spec, volume.opened)
         except OSError as error:
             grew, reason = False, str(error)
             with volume.lock:

@@ -33,6 +33,7 @@ TRANSACTION_ROWS: Final = 1024
 so 8 MiB of log, on top of what the checkpoint before has left."""
 
 _LOG_NBYTES: Final = 4 << 20
+_SMALL_NBYTES: Final = 1 << 20
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS pages(slot INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, parent BLOB NOT NULL,
     depth INTEGER NOT NULL, checksum INTEGER NOT NULL, last_use INTEGER NOT NULL);
@@ -123,6 +124,7 @@ class Map:
                 "journal_mode=WAL",
                 "synchronous=NORMAL",
                 "wal_autocheckpoint=256",
+                "temp_store=MEMORY",
                 f"journal_size_limit={_LOG_NBYTES}",
             ):
                 self._db.execute(f"PRAGMA {pragma}").close()
@@ -270,6 +272,12 @@ class Map:
             return os.path.samestat(os.stat(self.path), self._inode)
         except FileNotFoundError:
             return False
+
+    def compact(self, nbytes: int) -> None:
+        """Make the file smaller if it is larger than this and `_SMALL_NBYTES`: it keeps the size it once had."""
+        if not self.is_damaged and os.stat(self.path).st_size > nbytes + _SMALL_NBYTES:
+            self._db.execute("VACUUM")
+            self.checkpoint()
 
     def checkpoint(self) -> None:
         """Move the log into the map, and empty it."""

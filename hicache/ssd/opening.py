@@ -11,7 +11,7 @@ import sqlite3
 from hicache.ssd.directory import check_directory, check_limit, data_nbytes, reclaim, stores_in, used_nbytes
 from hicache.ssd.locks import Lock, StoreError, growing, lock_directory, lock_store
 from hicache.ssd.map import ForeignMap, Map, delete_map, is_damage
-from hicache.ssd.sizes import Geometry, segment_slots_for, slots_within
+from hicache.ssd.sizes import MAP_SLOT_NBYTES, Geometry, segment_slots_for, slots_within
 from hicache.ssd.volume import Opened, Spec
 from transfer.files import SegmentFiles
 
@@ -84,6 +84,7 @@ def _open_files(spec: Spec, store_map: Map) -> tuple[Geometry, SegmentFiles]:
         store_map.set_note("segment_slots", segment_slots)
     geometry = Geometry(identity.page_nbytes, identity.slot_nbytes, segment_slots, n_slots // segment_slots)
     store_map.delete_beyond(geometry.n_slots)
+    store_map.compact(geometry.n_slots * MAP_SLOT_NBYTES)
     for segment in range(geometry.max_segments, _n_files(spec)):
         (folder / f"data.{segment}").unlink(missing_ok=True)
     files = SegmentFiles(folder, spec.slab, segment_slots=segment_slots, system=spec.system)

@@ -84,6 +84,7 @@ class Pages:
         self._lingering = np.zeros(n_slots, np.bool_)
         self._dying: deque[Slots] = deque()
         self._left: NDArray[np.bool_] | None = None
+        """While a fill runs: slots whose pages have left since it began, and those it has freed."""
         if n_expected:
             self.index.reserve(n_expected)
             for column in (self._checksum, self._last_use, self._n_readers, self._unsaved, self._touched):
@@ -356,8 +357,9 @@ class Pages:
     def free_unused(self, first: int, end: int) -> None:
         """All that the map names is here: the other slots of first .. end are free."""
         assert self._left is not None, "nothing is being filled"
-        unused = (self._row[first:end] < 0) & ~self._left[first:end]
-        self._give((first + np.flatnonzero(unused)).astype(np.int32))
+        unused = (first + np.flatnonzero((self._row[first:end] < 0) & ~self._left[first:end])).astype(np.int32)
+        self._left[unused] = True
+        self._give(unused)
 
     def end_fill(self) -> None:
         self._left = None

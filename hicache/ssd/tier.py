@@ -35,7 +35,7 @@ from hicache.ssd.stores import Stores
 from hicache.ssd.volume import Spec, Volume
 from hicache.ssd.workers import Workers
 from hicache.tier import Batch, Capacity, Health, Tier
-from radix import KEY_NBYTES
+from radix import KEY_NBYTES, POLICIES
 from transfer.files import System
 
 logger = logging.getLogger(__name__)
@@ -89,8 +89,10 @@ class SsdTier(Tier):
         max_queued_nbytes: of stores that wait. hang_after_s: I/O that is older means that the disk hangs.
         system, clock: for tests.
 
-        Raises StoreError, which says what would be right.
+        Raises StoreError, which says what would be right; ValueError for an unknown policy or a strange namespace.
         """
+        if eviction not in POLICIES:
+            raise ValueError(f"unknown eviction policy {eviction!r}; there are: {', '.join(sorted(POLICIES))}")
         spec = Spec(
             path=path,
             folder=store_folder(path, namespace, member, slab.shape[1]),
@@ -201,6 +203,8 @@ class SsdTier(Tier):
 
     def flush(self) -> Future[int]:
         """Done when the map names all that is stored now, so that a crash loses none of it. Answers 0."""
+        if self._closed:
+            return _done(0)
         future = _pending()
         self._keeper.call(lambda: future.set_result(self._keeper.flush()), future, after_fill=True)
         return future

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from hicache.ssd import limit_for
-from tests.hicache.ssd.stores import NAMESPACE, SLOT_NBYTES, make_slab, open_tier, pages, part, settle
+from hicache import TierError
+from hicache.ssd import limit_for, opening
+from hicache.ssd.map import Map
+from hicache.ssd.pages import Pages
+from tests.hicache.ssd.stores import NAMESPACE, SLOT_NBYTES, make_slab, open_tier, pages, part, settle, wait_until
+from tests.support.clock import Clock
+from transfer.files import System
 
 
 def test_pages_are_there_after_a_restart(tmp_path: Path) -> None:
@@ -101,3 +109,77 @@ def test_another_namespace_starts_empty_and_leaves_the_first(tmp_path: Path) -> 
     tier = open_tier(tmp_path, slab, n_slots=64)
     assert tier.exists(pages(4, "a").keys).result() == 4
     tier.close()
+
+
+def test_a_map_that_was_large_becomes_small_with_the_cap(tmp_path: Path) -> None:
+    slab = make_slab()
+    open_tier(tmp_path, slab, n_slots=64).close()
+    (path,) = tmp_path.glob("*/*/map.db")
+    with sqlite3.connect(path) as db:
+        rows = ((slot, b"%032d" % slot, bytes(32)) for slot in range(100, 30_000))
+        db.executemany("INSERT INTO pages VALUES (?, ?, ?, 0, 0, 0)", rows)
+    db.close()
+    assert path.stat().st_size > 3 << 20
+    tier = open_tier(tmp_path, slab, n_slots=64)
+    assert path.stat().st_size < 1 << 20
+    settle(tier)
+    assert tier.stats()["n_pages"] == 0
+    tier.close()
+
+
+def test_bytes_are_synced_before_the_map_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Recorder(System):
+        def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            events.append("write")
+            return super().pwritev(fd, buffers, offset)
+
+        def fdatasync(self, fd: int) -> None:
+            events.append("sync")
+            super().fdatasync(fd)
+
+    class TellingMap(Map):
+        def _apply(self, *arguments: Any) -> None:
+            events.append("map")
+            super()._apply(*arguments)
+
+    monkeypatch.setattr(opening, "Map", TellingMap)
+    tier = open_tier(tmp_path, make_slab(), system=Recorder())
+    settle(tier)
+    events.clear()
+    assert tier.store(pages(3, "a")).result() == 3
+    settle(tier)
+    assert events == ["write", "sync", "map"]
+    tier.close()
+
+
+@pytest.mark.parametrize("where", ["adopt", "free_unused", "make_newest", "end_fill"])
+def test_a_fill_that_breaks_off_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    slab, clock = make_slab(), Clock()
+    tier = open_tier(tmp_path, slab)
+    assert tier.store(pages(20, "a")).result() == 20
+    tier.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(Pages, where, lambda *_: 1 / 0)
+        tier = open_tier(tmp_path, slab, clock=clock)
+        wait_until(lambda: not tier.health().available)
+        assert tier.store(pages(5, "b")).result() == 0
+        if where == "adopt":
+            with pytest.raises(TierError, match="met a bug"):
+                tier.exists(pages(20, "a").keys).result(timeout=20)
+        else:
+            assert tier.exists(pages(20, "a").keys).result(timeout=20) == 20
+    clock.now_s += 1.5
+    wait_until(lambda: tier.health().available)
+    settle(tier)
+    assert tier.stats()["crashes"] >= 1
+    assert tier.exists(pages(25, "a").keys).result() == 20
+    assert tier.store(pages(5, "b")).result() == 5
+    tier.check_invariants()
+    tier.close()
+
+
+def test_an_unknown_policy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown eviction policy 'mru'; there are: lru"):
+        open_tier(tmp_path, make_slab(), eviction="mru")
