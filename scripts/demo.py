@@ -6,15 +6,16 @@ Two servers run, one after the other, and get the same requests with the same ar
 2. SGLang with `--radix-cache-backend sgl_lmcache`.
 
 HBM has room for one of the two documents, so each pushes the other out, and the chat with it. Stock SGLang then
-computes it again; with the cache it comes back from host memory.
+computes it again; with the cache it comes back from host memory. At the end the second server is ended and started
+again, and asked once more: nothing is left of HBM and host memory then, and the documents come from its SSD.
 
 The answers of the second server are held to what the first one answers while HBM still has everything: each document
 the first time, the chat in one go. (Not to what stock SGLang answers after computing a chat again: KV that decoding has
 written and the same KV computed by prefill are rounded differently, so that stock SGLang may differ from itself.)
 
 Where a prompt's KV was found is what a server says about each request (`cached_tokens_details`), never guessed from
-times. The exit code is 0 only if the story holds: the documents left HBM, came back from host memory, and not one token
-of any answer differs.
+times. The exit code is 0 only if the story holds: the documents left HBM, came back from host memory, and from the SSD
+after the restart, and not one token of any answer differs.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Row(Enum):
     IN_HBM = "document, in HBM"
     LEFT_HBM = "document, left HBM"
     CHAT = "chat"
+    RESTARTED = "document, restart"
 
 
 SCHEDULE = (
@@ -75,6 +77,12 @@ SCHEDULE = (
 MORE = (("B 2", Row.LEFT_HBM), ("A 3", Row.LEFT_HBM), ("chat 4", Row.CHAT), ("B 3", Row.LEFT_HBM))
 """What the server with the cache is asked after that. Stock SGLang would compute each document again, and has shown
 once how long that takes."""
+
+RESTARTED = (("A 3", Row.RESTARTED), ("B 3", Row.RESTARTED))
+"""What it is asked when it has been started again. Stock SGLang would compute both, as when they were new."""
+
+N_STEPS = 3 + len(CHAT_TURNS) + 2 * len(SCHEDULE) + len(MORE) + len(RESTARTED)
+"""Of the progress bar: starts of servers, and requests."""
 
 Schedule = Sequence[tuple[str, Row]]
 
@@ -100,6 +108,7 @@ class Line:
     prompt_tokens: int
     from_hbm: int
     from_host: int
+    from_ssd: int
     answers_differ: int
     answers_differ_without: int
 
@@ -128,11 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./scripts/demo", description="SGLang with KV cache in host memory, shown.")
+    parser = argparse.ArgumentParser(prog="./scripts/demo", description="SGLang with KV cache below HBM, shown.")
     parser.add_argument("--model", default="bench", help="a local model, or one to generate: bench (default), tiny")
     parser.add_argument("--document-tokens", type=int, default=6000, help="length of each document (default 6000)")
     parser.add_argument("--answer-tokens", type=int, default=8, help="length of each answer (default 8)")
     parser.add_argument("--host-capacity", default="1GiB", help="size of the host tier (default 1GiB)")
+    parser.add_argument("--ssd-capacity", default="1GiB", help="size of the SSD tier, in a temporary folder (1GiB)")
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--time-limit", type=float, default=300, help="seconds after which it gives up (default 300)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -154,7 +164,7 @@ def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) ->
     """Run both servers: what came of the schedule without the cache, and with it. Raises `DemoError`."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with tempfile.TemporaryDirectory(prefix="sgl-lmcache-demo-") as name, Progress(*columns, console=console) as bar:
-        task = bar.add_task("making the model", total=2 + len(CHAT_TURNS) + 2 * len(SCHEDULE) + len(MORE))
+        task = bar.add_task("making the model", total=N_STEPS)
 
         def show(step: str) -> None:
             bar.update(task, description=step)
@@ -180,11 +190,13 @@ def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) ->
             client.flush()
             without = follow(client, SCHEDULE, prompts, answers, n_answer, advance)
 
-        show("starting SGLang with the cache")
-        launch = cached_server(common, folder, arguments.host_capacity)
-        with running(launch, port=port, log=folder / "server.log", deadline=deadline) as client:
-            advance("SGLang with the cache is ready")
-            cached = follow(client, SCHEDULE + MORE, prompts, answers, n_answer, advance)
+        launch = cached_server(common, folder, arguments.host_capacity, arguments.ssd_capacity)
+        cached = []
+        for schedule, again in ((SCHEDULE + MORE, ""), (RESTARTED, " again")):
+            show(f"starting SGLang with the cache{again}")
+            with running(launch, port=port, log=folder / "server.log", deadline=deadline) as client:
+                advance(f"SGLang with the cache is ready{again}")
+                cached += follow(client, schedule, prompts, answers, n_answer, advance)
     return without, cached
 
 
@@ -196,10 +208,12 @@ def stock_server(arguments: Sequence[str]) -> serve.Launch:
     return serve.Launch([sys.executable, "-m", "sglang.launch_server", *command], environment)
 
 
-def cached_server(arguments: Sequence[str], folder: Path, host_capacity: str) -> serve.Launch:
+def cached_server(arguments: Sequence[str], folder: Path, host_capacity: str, ssd_capacity: str) -> serve.Launch:
     """What `sgl-lmcache serve --cache-config FILE ...` starts."""
     config = folder / "tiers.yaml"
-    config.write_text(f"tiers:\n  - {{type: host, capacity: {host_capacity}}}\n", encoding="utf-8")
+    host = f"{{type: host, capacity: {host_capacity}}}"
+    ssd = f'{{type: ssd, path: "{folder / "store"}", capacity: {ssd_capacity}}}'
+    config.write_text(f"tiers:\n  - {host}\n  - {ssd}\n", encoding="utf-8")
     return serve.plan(["--cache-config", str(config), *arguments], os.environ, gpu=cpu.has_gpu())
 
 
@@ -236,7 +250,7 @@ def follow(
         reply = client.ask(prompts[name], max_tokens=n_answer)
         differs = reply.token_ids != answers.setdefault(name, reply.token_ids)
         outcomes.append(Outcome(name, row, reply, differs))
-        found = f"HBM {reply.n_device}, host {reply.n_host} of {reply.n_prompt} tokens"
+        found = f"HBM {reply.n_device}, host {reply.n_host}, SSD {reply.n_storage} of {reply.n_prompt} tokens"
         advance(f"{row.value}: {name}: {reply.ttft_s:.2f} s, {found}")
     return outcomes
 
@@ -248,7 +262,8 @@ def summarize(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[Lin
     """The rows of the table, in the order of `Row`."""
     lines = []
     for row in Row:
-        stock = [outcome for outcome in without if outcome.row is row]
+        like = Row.NEW if row is Row.RESTARTED else row  # a restart leaves stock SGLang nothing
+        stock = [outcome for outcome in without if outcome.row is like]
         ours = [outcome for outcome in cached if outcome.row is row]
         lines.append(
             Line(
@@ -259,8 +274,9 @@ def summarize(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[Lin
                 prompt_tokens=sum(outcome.reply.n_prompt for outcome in ours),
                 from_hbm=sum(outcome.reply.n_device for outcome in ours),
                 from_host=sum(outcome.reply.n_host for outcome in ours),
+                from_ssd=sum(outcome.reply.n_storage for outcome in ours),
                 answers_differ=sum(outcome.differs for outcome in ours),
-                answers_differ_without=sum(outcome.differs for outcome in stock),
+                answers_differ_without=sum(outcome.differs for outcome in stock if outcome.row is row),
             )
         )
     return lines
@@ -280,6 +296,8 @@ def broken(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[str]:
             sentences.append(f"{name} was to be found in HBM: {reply.n_device} of {reply.n_prompt} tokens were.")
         if outcome.row is Row.LEFT_HBM and reply.n_host * 2 < reply.n_prompt:
             sentences.append(f"{name} was to come from host memory: {reply.n_host} of {reply.n_prompt} tokens did.")
+        if outcome.row is Row.RESTARTED and reply.n_storage * 2 < reply.n_prompt:
+            sentences.append(f"{name} was to come from the SSD: {reply.n_storage} of {reply.n_prompt} tokens did.")
         if outcome.differs:
             sentences.append(f"The answer to {name} ({outcome.row.value}) differs from that without the cache.")
     return sentences
@@ -297,31 +315,34 @@ def report(model: str, lines: Sequence[Line], failures: Sequence[str], elapsed_s
 
 
 def present(console: Console, lines: Sequence[Line], failures: Sequence[str], elapsed_s: float) -> None:
-    table = Table(title="SGLang with KV cache in host memory", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="SGLang with KV cache in host memory and on SSD", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("requests", no_wrap=True)
-    headings = ("TTFT\nstock", "TTFT\nwith", "prompt\ntokens", "found\nin HBM", "found\nin host", "answers\ndiffer")
+    headings = ("TTFT s\nstock", "TTFT s\nwith", "prompt\ntokens", "in\nHBM", "in\nhost", "on\nSSD", "differ")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
-        times = (f"{line.ttft_without_s:.3f} s", f"{line.ttft_with_s:.3f} s")
-        counts = (line.prompt_tokens, line.from_hbm, line.from_host, line.answers_differ)
+        times = (f"{line.ttft_without_s:.2f}", f"{line.ttft_with_s:.2f}")
+        counts = (line.prompt_tokens, line.from_hbm, line.from_host, line.from_ssd, line.answers_differ)
         table.add_row(f"{line.requests} x {line.row}", *times, *(f"{n:,}" for n in counts))
     console.print(table)
     for sentence in failures:
         console.print(f"NOT AS PROMISED: {sentence}", markup=False, highlight=False, soft_wrap=True)
-    (left,) = (line for line in lines if line.row == Row.LEFT_HBM.value)
+    left, restarted = (line for line in lines if line.row in (Row.LEFT_HBM.value, Row.RESTARTED.value))
     n_stock = sum(line.answers_differ_without for line in lines)
     stock = f" Stock SGLang answered {n_stock} of the requests differently after computing again." if n_stock else ""
     console.print(
-        "TTFT: median time to first token, of stock SGLang and with the cache. Tokens: sums, with the cache.\n"
+        "TTFT: median time to first token, of stock SGLang and with the cache. Tokens: sums, with the cache, by where\n"
+        "they were found. Differ: answers that are not those without the cache.\n"
         f"A document that had left HBM was answered {left.ttft_without_s / left.ttft_with_s:.1f} times sooner than by "
-        f"stock SGLang, which computed it again.{stock}\n"
+        "stock SGLang, which computed it again; after a restart, "
+        f"{restarted.ttft_without_s / restarted.ttft_with_s:.1f} times sooner than a new one by stock SGLang.{stock}\n"
         f"It took {elapsed_s:.0f} s, and nothing is left running.\n\n"
         "Next, on your own server, one flag:\n"
         f"    python -m sglang.launch_server --model-path MODEL --radix-cache-backend {BACKEND}\n"
         "and, to choose the size, SGL_LMCACHE_CONFIG=tiers.yaml with\n"
         "    tiers:\n"
         "      - {type: host, capacity: 64GiB}\n"
+        "      - {type: ssd, path: /var/lib/sgl-lmcache, capacity: 500GiB}\n"
         "Without a GPU, `sgl-lmcache serve --model-path MODEL` sets up the rest. Read on in docs/quick-start.md.",
         markup=False,
         highlight=False,

@@ -66,7 +66,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer. n_device and n_host are the prompt tokens whose KV was found in HBM and in host memory."""
+    """One answer. n_device, n_host and n_storage: prompt tokens whose KV was found in HBM, host memory and below it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -74,6 +74,7 @@ class Reply:
     n_prompt: int
     n_device: int
     n_host: int
+    n_storage: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,8 @@ def read_reply(chunks: Iterator[dict[str, Any]], started_s: float) -> Reply:
             n_prompt = int(chunk["usage"]["prompt_tokens"])
     if ttft_s is None or not token_ids:
         raise DemoError("The server ended an answer before its first token; its log says why.")
-    return Reply(text, token_ids, ttft_s, n_prompt, int(cached.get("device", 0)), int(cached.get("host", 0)))
+    found = (int(cached.get(tier, 0)) for tier in ("device", "host", "storage"))
+    return Reply(text, token_ids, ttft_s, n_prompt, *found)
 
 
 def free_port() -> int:

@@ -46,8 +46,10 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """Answers as a server does, and has a child that does not end by itself."""
 
 
-def outcome(row: Row, *, device: int = 0, host: int = 0, differs: bool = False, ttft_s: float = 0.5) -> Outcome:
-    return Outcome("A 1", row, Reply("text", (1, 2), ttft_s, 1000, device, host), differs)
+def outcome(
+    row: Row, *, device: int = 0, host: int = 0, ssd: int = 0, differs: bool = False, ttft_s: float = 0.5
+) -> Outcome:
+    return Outcome("A 1", row, Reply("text", (1, 2), ttft_s, 1000, device, host, ssd), differs)
 
 
 def stock_outcomes() -> list[Outcome]:
@@ -65,6 +67,7 @@ def good_outcomes() -> list[Outcome]:
         outcome(Row.IN_HBM, device=900),
         outcome(Row.LEFT_HBM, host=900),
         outcome(Row.CHAT, device=100, host=300),
+        outcome(Row.RESTARTED, ssd=900),
     ]
 
 
@@ -83,6 +86,7 @@ def test_a_story_that_holds_has_no_complaints() -> None:
         (outcome(Row.IN_HBM, host=900), "was to be found in HBM"),
         (outcome(Row.NEW, host=900), "was to be new"),
         (outcome(Row.CHAT, differs=True), "differs"),
+        (outcome(Row.RESTARTED, host=900), "was to come from the SSD"),
     ],
 )
 def test_a_story_that_does_not_hold_is_told(bad: Outcome, complaint: str) -> None:
@@ -103,6 +107,8 @@ def test_the_table_sums_tokens_and_compares_answers_of_each_row() -> None:
     assert (left.requests, left.prompt_tokens, left.from_hbm, left.from_host) == (2, 2000, 0, 908)
     assert (left.ttft_without_s, left.ttft_with_s) == (5.0, 0.5)
     assert (lines[Row.CHAT.value].answers_differ, lines[Row.CHAT.value].answers_differ_without) == (0, 1)
+    restarted = lines[Row.RESTARTED.value]
+    assert (restarted.from_ssd, restarted.ttft_without_s) == (900, 5.0), "stock SGLang would find nothing"
 
 
 @pytest.mark.parametrize("differs", [False, True])
@@ -123,7 +129,7 @@ def test_the_exit_code_is_the_verdict(
 
 
 def test_the_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = [outcome(row, device=20_000, host=20_000, ttft_s=25.5) for row in Row]
+    outcomes = [outcome(row, device=20_000, host=20_000, ssd=20_000, ttft_s=25.5) for row in Row]
     demo.present(Console(width=80), demo.summarize(outcomes, outcomes), [], 1.0)
     table = capsys.readouterr().out.partition("TTFT: median")[0]
     assert "…" not in table
@@ -143,14 +149,16 @@ class Scripted:
     def ask(self, messages: tuple[Message, ...], *, max_tokens: int) -> Reply:
         self.asked.append(messages)
         ids = tuple(f"{self.answer} {messages[-1].content}".encode()[:max_tokens])
-        return Reply(self.answer, ids, 0.1, 10, 0, 0)
+        return Reply(self.answer, ids, 0.1, 10, 0, 0, 0)
 
 
 def follow(answer: str, answers: dict[str, demo.Ids]) -> list[Outcome]:
     """The whole schedule, asked of a server that begins each answer with `answer`."""
     prompts, _ = demo.chat(cast(Client, Scripted("stock")), 99, lambda _: None)
     prompts |= demo.questions(demo_text.documents(lambda text: len(text) // 3, 2000))
-    return demo.follow(cast(Client, Scripted(answer)), demo.SCHEDULE + demo.MORE, prompts, answers, 99, lambda _: None)
+    return demo.follow(
+        cast(Client, Scripted(answer)), demo.SCHEDULE + demo.MORE + demo.RESTARTED, prompts, answers, 99, lambda _: None
+    )
 
 
 def test_every_prompt_of_the_schedule_is_there_and_answers_are_held_to_the_first() -> None:
@@ -174,7 +182,7 @@ def test_documents_come_first_and_chats_grow() -> None:
 def test_both_servers_get_the_same_arguments_but_for_the_cache(tmp_path: Path) -> None:
     arguments = ["--model-path", "m", "--port", "1"]
     stock = demo.stock_server(arguments).command
-    cached = demo.cached_server(arguments, tmp_path, "1GiB").command
+    cached = demo.cached_server(arguments, tmp_path, "1GiB", "1GiB").command
     assert set(stock) - set(cached) == set()
     assert set(cached) - set(stock) == {"--radix-cache-backend", "sgl_lmcache"}
 
@@ -197,12 +205,13 @@ def test_a_streamed_answer_is_put_together() -> None:
         b'data: {"choices": [{"delta": {"content": "Hel"}}]}\n',
         b'data: {"choices": [{"delta": {"content": "lo"}}]}\n',
         b'data: {"choices": [], "sglext": {"output_ids": [[7, 8]]}}\n',
-        b'data: {"choices": [], "sglext": {"cached_tokens_details": {"device": 3, "host": 4}}}\n',
+        b'data: {"choices": [], "sglext": {"cached_tokens_details": {"device": 3, "host": 4, "storage": 1}}}\n',
         b'data: {"choices": [], "usage": {"prompt_tokens": 9}}\n',
         b"data: [DONE]\n",
     ]
     reply = demo_server.read_reply(demo_server.events(iter(lines)), time.perf_counter())
-    assert (reply.text, reply.token_ids, reply.n_prompt, reply.n_device, reply.n_host) == ("Hello", (7, 8), 9, 3, 4)
+    assert (reply.text, reply.token_ids, reply.n_prompt) == ("Hello", (7, 8), 9)
+    assert (reply.n_device, reply.n_host, reply.n_storage) == (3, 4, 1)
     assert reply.ttft_s > 0
 
 
@@ -335,11 +344,14 @@ def host_tokens(printed: str) -> list[int]:
 @pytest.mark.server
 def test_demo() -> None:
     arguments = ["--model", "tiny", "--document-tokens", "2000", "--answer-tokens", "4", "--time-limit", "900"]
-    result = json.loads(run("scripts/demo.py", *arguments, "--host-capacity", "64MiB", "--json"))
+    sizes = ["--host-capacity", "64MiB", "--ssd-capacity", "256MiB"]
+    result = json.loads(run("scripts/demo.py", *arguments, *sizes, "--json"))
     assert result["ok"], result["failures"]
     rows = {row["row"]: row for row in result["rows"]}
     left = rows[Row.LEFT_HBM.value]
     assert left["from_host"] > 0.8 * left["prompt_tokens"]
+    restarted = rows[Row.RESTARTED.value]
+    assert restarted["from_ssd"] > 0.8 * restarted["prompt_tokens"]
     assert sum(row["answers_differ"] for row in rows.values()) == 0
 
 

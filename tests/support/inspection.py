@@ -65,8 +65,9 @@ class Faults(msgspec.Struct, frozen=True):
     copy_delay_s, call_delay_s: each piece of a write-back or restore, and some calls of the scheduler, take that much
     longer at most. n_failing_offloads, n_failing_restores: so many pieces of them fail, from now on.
     copies_go_on: write-backs copy their bytes again and again, and end only when this does.
-    disk_errno: those system calls of the SSD tier that `disk_calls` names fail with it. disk_hangs: its reads and writes
-    end only when this does. disk_nbytes_per_s: its reads are no faster than that, one after another; 0: as they are.
+    disk_errno: those system calls of the SSD tier that `disk_calls` names fail with it. disk_hangs: its reads and
+    writes end only when this does. disk_nbytes_per_s: its reads are no faster than that, one after another; 0: as they
+    are.
     """
 
     rank: int | None = None
