@@ -31,6 +31,9 @@ from transfer.files import ALIGNMENT_NBYTES, SegmentFiles, System
 
 logger = logging.getLogger(__name__)
 
+N_RESERVED = 1 << 19
+"""Slots whose books have their memory from the start: 90 MB, in 30 ms or more. Otherwise the first stores wait for it."""
+
 PIECE_NBYTES = 2 << 20
 PIECE_PAGES = 64
 """About so much an I/O thread moves before it takes the next piece of work."""
@@ -90,7 +93,7 @@ class Volume:
         self.wants_growth = False
         self.grow_again_at_s = 0.0
         self.opened = opened
-        self.pages = Pages(opened.geometry.n_slots, spec.eviction, opened.files.n_slots)
+        self.pages = _books(spec, opened)
 
     @property
     def geometry(self) -> Geometry:
@@ -137,7 +140,7 @@ class Volume:
 
     def renew(self, opened: Opened) -> None:
         """Go on with this store, which is still to be filled."""
-        pages = Pages(opened.geometry.n_slots, self.spec.eviction, opened.files.n_slots)
+        pages = _books(self.spec, opened)
         with self.lock:
             self.opened, self.pages = opened, pages
 
@@ -210,3 +213,9 @@ class Volume:
     def try_reads(self) -> None:
         """Read the first block of the data files. Raises OSError. Blocks."""
         self.files.try_read()
+
+
+def _books(spec: Spec, opened: Opened) -> Pages:
+    """Empty ones, with memory for what the fill will find, and for what most stores will ever hold."""
+    n_slots = opened.geometry.n_slots
+    return Pages(n_slots, spec.eviction, max(opened.files.n_slots, min(n_slots, N_RESERVED)))
