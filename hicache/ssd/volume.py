@@ -32,7 +32,7 @@ from transfer.files import ALIGNMENT_NBYTES, SegmentFiles, System
 logger = logging.getLogger(__name__)
 
 N_RESERVED = 1 << 19
-"""Slots whose books have their memory from the start: 90 MB, in 30 ms or more. Otherwise the first stores wait for it."""
+"""Slots whose books have their memory from the start: 90 MB, in 30 ms or more, or the first stores wait for it."""
 
 PIECE_NBYTES = 2 << 20
 PIECE_PAGES = 64
