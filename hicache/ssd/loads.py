@@ -8,7 +8,7 @@ import numpy as np
 
 from hicache.ssd.checksum import checksum, seeds
 from hicache.ssd.pages import Read
-from hicache.ssd.volume import Volume
+from hicache.ssd.volume import READ_NBYTES, Volume
 from hicache.ssd.workers import Work
 from hicache.tier import Batch, TierError
 
@@ -38,7 +38,7 @@ class _Loading:
         self._error: Exception | None = None
 
     def pieces(self) -> list[_ReadPiece]:
-        pieces = [_ReadPiece(self, first, end) for first, end in self.volume.pieces(len(self.read))]
+        pieces = [_ReadPiece(self, first, end) for first, end in self.volume.pieces(len(self.read), READ_NBYTES)]
         self._n_left = len(pieces)
         return pieces
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from hicache.ssd.checksum import checksum, seeds
 from hicache.ssd.pages import Slots
-from hicache.ssd.volume import Volume
+from hicache.ssd.volume import WRITE_NBYTES, Volume
 from hicache.ssd.workers import Work
 from hicache.tier import Batch, TierError
 from radix import KEY_NBYTES, Rows, State
@@ -174,7 +174,7 @@ class Stores:
         slab_slots = storing.slab_slots[positions]
         page_seeds = seeds(storing.keys, self._volume.seed)[positions]
         pieces = []
-        for first, end in self._volume.pieces(len(rows)):
+        for first, end in self._volume.pieces(len(rows), WRITE_NBYTES):
             span = slice(first, end)
             piece = _WritePiece(self, rows[span], file_slots[span], slab_slots[span], page_seeds[span].tolist())
             piece.waiters.append(storing)

@@ -34,9 +34,10 @@ logger = logging.getLogger(__name__)
 N_RESERVED = 1 << 19
 """Slots whose books have their memory from the start: 90 MB, in 30 ms or more, or the first stores wait for it."""
 
-PIECE_NBYTES = 2 << 20
+READ_NBYTES = 2 << 20
+WRITE_NBYTES = 3 << 20
 PIECE_PAGES = 64
-"""About so much an I/O thread moves before it takes the next piece of work."""
+"""About so much an I/O thread moves before it takes the next piece of work. Writes have fewer threads and no hurry."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,9 +108,9 @@ class Volume:
     def map(self) -> Map:
         return self.opened.map
 
-    def pieces(self, n_pages: int) -> list[tuple[int, int]]:
-        """Half-open ranges of n pages, about equally long, each for one I/O thread."""
-        wanted = max(1, min(PIECE_PAGES, PIECE_NBYTES // self.geometry.slot_nbytes))
+    def pieces(self, n_pages: int, nbytes: int) -> list[tuple[int, int]]:
+        """Half-open ranges of n pages, about equally long and of about so many bytes, each for one I/O thread."""
+        wanted = max(1, min(PIECE_PAGES, nbytes // self.geometry.slot_nbytes))
         n_pieces = max(1, round(n_pages / wanted)) if n_pages else 0
         return [(n_pages * i // n_pieces, n_pages * (i + 1) // n_pieces) for i in range(n_pieces)]
 
