@@ -258,7 +258,7 @@ class Engine:
         self._tickets.add(ticket)
         self._lease_for(ticket, held)
         if self.below is not None and not self.tainted:
-            ticket.fetch = self._open_fetch(self.below, keys, parent, held)
+            ticket.fetch = self.below.open_fetch(keys, parent, held)
         if self._is_arriving(ticket):
             ticket.verdict = Verdict.WAIT
             self._arriving.add(ticket)
@@ -273,25 +273,6 @@ class Engine:
         self.index.release(ticket.rows)
         self._n_leased += len(rows) - len(ticket.rows)
         ticket.rows = rows
-
-    def _open_fetch(self, below: Lower, keys: bytes, parent: bytes | None, held: Rows) -> Fetch | None:
-        """Ask the tier for what host memory lacks of a path, from the root on: host memory is closed under prefixes.
-
-        held: the rows of what it has. None: there is nothing to ask for, or the index does not know the parent.
-        """
-        parent_row = None if parent is None else self.index.row_of(parent)
-        if not keys or (parent is not None and parent_row is None):
-            return None
-        above = NO_ROWS if parent_row is None else self.index.path(parent_row)
-        n_held = len(held)
-        last = self.index.keys_of(held[-1:]) if n_held else self.index.keys_of(above[-1:])
-        if last:
-            below.tier.touch(last)
-        missing = self.index.keys_of(above[n_held:]) + keys[max(0, n_held - len(above)) * KEY_NBYTES :]
-        if not missing:
-            return None
-        parent_held = self.index.keys_of(held[-1:]) if n_held else None
-        return below.fetches.open(missing, parent_held, depth=n_held, n_in_hbm=max(0, len(above) - n_held))
 
     def admit(self, ticket: Ticket) -> bool:
         """An admission attempt: whether the request of `ticket` may go into a batch of this pass.

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from concurrent.futures import wait
 from typing import Final
 
+from hicache.fetches import NO_ROWS, Fetch, Fetches
 from hicache.fetches import REPORT_SIZE as FETCH_REPORT_SIZE
-from hicache.fetches import Fetch, Fetches
 from hicache.host import HostTier, Slots
 from hicache.speed import PrefillSpeed
 from hicache.spills import Spills
 from hicache.stats import Stats
 from hicache.tier import Tier
-from radix import Index
+from radix import KEY_NBYTES, Index, Rows
 
 REPORT_SIZE: Final = 2 + FETCH_REPORT_SIZE
 """Numbers in a report: two of the spills, then those of the fetches."""
@@ -47,12 +47,33 @@ class Lower:
         only_if_faster: bool,
     ) -> None:
         self.tier = tier
+        self._index = index
         self._stats = stats
         self._speed = speed
         self._only_if_faster = only_if_faster
         up, down = int(host.n_slots * FETCH_SHARE), int(host.n_slots * SPILL_SHARE)
         self.fetches = Fetches(tier, index, host, stats, max_pages=up, batch_pages=batch_pages)
         self.spills = Spills(tier, index, host, stats, max_pages=down, batch_pages=batch_pages)
+
+    def open_fetch(self, keys: bytes, parent: bytes | None, held: Rows) -> Fetch | None:
+        """Ask the tier for what host memory lacks of a path, from the root on: host memory is closed under prefixes.
+
+        keys: pages below the page `parent` (None: the root). held: the rows, from the root, of what host memory has.
+        None: there is nothing to ask for, or the index does not know the parent.
+        """
+        parent_row = None if parent is None else self._index.row_of(parent)
+        if not keys or (parent is not None and parent_row is None):
+            return None
+        above = NO_ROWS if parent_row is None else self._index.path(parent_row)
+        last_held = self._index.keys_of(held[-1:]) or None
+        deepest = last_held or parent
+        if deepest is not None:
+            self.tier.touch(deepest)
+        n_held, n_above = len(held), len(above)
+        missing = self._index.keys_of(above[n_held:]) + keys[max(0, n_held - n_above) * KEY_NBYTES :]
+        if not missing:
+            return None
+        return self.fetches.open(missing, last_held, depth=n_held, n_in_hbm=max(0, n_above - n_held))
 
     @property
     def is_pending(self) -> bool:

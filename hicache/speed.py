@@ -50,7 +50,7 @@ class PrefillSpeed:
         """(linear, quadratic), seconds."""
         (xx, _), (_, yy) = self._normal
         if np.linalg.det(self._normal) > SINGULAR * xx * yy:
-            solution: NDArray[np.float64] = np.linalg.solve(self._normal, self._right)
+            solution = np.linalg.solve(self._normal, self._right).astype(np.float64)
             if (solution >= 0).all():
                 return solution
             if solution[0] < 0:

@@ -315,7 +315,8 @@ def report(model: str, lines: Sequence[Line], failures: Sequence[str], elapsed_s
 
 
 def present(console: Console, lines: Sequence[Line], failures: Sequence[str], elapsed_s: float) -> None:
-    table = Table(title="SGLang with KV cache in host memory and on SSD", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    title = "SGLang with KV cache in host memory and on SSD"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("requests", no_wrap=True)
     headings = ("TTFT s\nstock", "TTFT s\nwith", "prompt\ntokens", "in\nHBM", "in\nhost", "on\nSSD", "differ")
     for heading in headings:

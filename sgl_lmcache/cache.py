@@ -33,6 +33,7 @@ from sglang.srt.runtime_context import get_serving
 from hicache import UNKNOWN, Engine, Prefill, Ticket, TierError
 from sgl_lmcache.keys import to_blob
 from sgl_lmcache.linker import Linker
+from sgl_lmcache.metrics import TierMetrics
 from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.prefill_clock import PrefillClock
 from sgl_lmcache.ranks import OneRank, Ranks
@@ -74,6 +75,7 @@ class TieredRadixCache(UnifiedRadixCache):
         self._weight_version: str | None = None
         self._open_tier: OpenTier | None = None
         self._prefill_clock: PrefillClock | None = None
+        self._metrics = TierMetrics(time.monotonic) if params.enable_metrics else None
         super().__init__(params)
 
     def attach(self, linker: Linker, namespace: Namespace, ranks: Ranks, *, open_tier: OpenTier | None = None) -> None:
@@ -148,6 +150,8 @@ class TieredRadixCache(UnifiedRadixCache):
         if self.linker is None:
             return
         self._engine.tick()
+        if self._metrics is not None and self._engine.below is not None:
+            self._metrics.publish(self._engine.below.tier)
         if self.linker.cache_linker.is_copying or self._engine.is_pending:
             self._agree()
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """What each of our calls costs SGLang's scheduler thread, at 2,048 pages a call.
 
-    python scripts/bench/calls.py [--pages 2048] [--rounds 9] [--json]
+    python scripts/bench/calls.py [--pages 2048] [--rounds 9] [--ssd] [--json]
 
 No server and no forward: SGLang's real tree, allocator and pool, driven in the scheduler's order through requests of
-`--pages` pages that are cold, found in HBM, and found in host memory. What a call spends inside SGLang (hashing a
+`--pages` pages that are cold, found in HBM, and found in host memory; with `--ssd` also on an SSD, to which all is
+written, after everything above has been flushed. What a call spends inside SGLang (hashing a
 prompt's pages, walking its tree) is measured on its own line and not part of ours. Microseconds; medians over the
 rounds, and the worst. The target is 1,000 us a call.
 """
@@ -16,18 +17,24 @@ import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from sgl_lmcache import cpu
+
+if TYPE_CHECKING:
+    from hicache import Tier
+    from sgl_lmcache.namespace import Namespace
+    from transfer.slab import Slab
 
 TARGET_US = 1000.0
 
@@ -115,21 +122,56 @@ def watched() -> Iterator[Stopwatch]:
         yield stopwatch
 
 
-def measure(n_pages: int, n_rounds: int) -> list[Cost]:
-    """Three prompts take turns in HBM that holds one of them: each round is a miss, a host hit and a device hit."""
+def measure(n_pages: int, n_rounds: int, *, ssd: Path | None) -> list[Cost]:
+    """Three prompts take turns in HBM that holds one of them: each round is a miss, a host hit and a device hit.
+
+    ssd: an empty folder for a tier below, of which each round is a hit as well.
+    """
+    from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
+
+    from hicache.ssd import SsdTier
     from tests.support.real_cache import RealCache, request
 
     page_size = 16
     rng = random.Random(1)
     n_tokens = n_pages * page_size + 1
-    real = RealCache(n_pages + n_pages // 8, 4 * n_pages, page_size=page_size, max_len=n_tokens + page_size)
+
+    def open_tier(slab: Slab, namespace: Namespace) -> Tier:
+        assert ssd is not None
+        return SsdTier.open(
+            ssd,
+            namespace=namespace.digest,
+            member=(0, 1),
+            page_nbytes=slab.slot_nbytes,
+            slab=slab.array,
+            limit_nbytes=(n_rounds + 8) * n_pages * 2 * slab.slot_nbytes + (64 << 20),
+            server="benchmark",
+        )
+
+    real = RealCache(
+        n_pages + n_pages // 8,
+        5 * n_pages,
+        page_size=page_size,
+        max_len=n_tokens + page_size,
+        open_tier=None if ssd is None else open_tier,
+        batch_pages=128,
+    )
 
     def serve(rid: str, prompt: list[int]) -> None:
         req = request(rid, prompt)
         real.arrive(req)
         real.iterate()
+        while not real.cache.check_prefetch_progress(CacheRequestHandle(rid, 0)):
+            real.iterate()
         assert real.admit(req) is not None
         real.settle()
+        while real.engine.is_pending:
+            real.iterate()
+
+    def flush() -> None:
+        real.cache.reset()
+        real.req_to_token_pool.clear()
+        real.allocator.clear()
 
     with watched() as stopwatch, mock.patch.multiple(real, _forward=lambda *_: None, _check_bytes=lambda *_: None):
         prompts = [[rng.randrange(100_000) for _ in range(n_tokens)] for _ in range(n_rounds + 3)]
@@ -138,6 +180,11 @@ def measure(n_pages: int, n_rounds: int) -> list[Cost]:
             serve(f"{number} cold", prompts[number + 1])
             serve(f"{number} device", prompts[number + 1])
             serve(f"{number} host", prompts[number])
+            if ssd is not None:
+                flush()
+                serve(f"{number} ssd", prompts[number])
+                serve(f"{number} again", prompts[number + 1])
+    assert real.engine.stats.fetched >= (n_rounds * n_pages if ssd else 0)
     assert real.engine.stats.restored >= n_rounds * n_pages
     real.close()
     return stopwatch.costs()
@@ -147,11 +194,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Cost of our calls on SGLang's scheduler thread.")
     parser.add_argument("--pages", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--ssd", action="store_true", help="with an SSD tier, in a temporary folder of this one")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if not cpu.has_gpu():
         cpu.enable()
-    costs = measure(arguments.pages, arguments.rounds)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        costs = measure(arguments.pages, arguments.rounds, ssd=Path(folder).resolve() if arguments.ssd else None)
     if arguments.json:
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
         return 0

@@ -55,6 +55,9 @@ TOKEN_NBYTES = 12 * 2 * 8 * 64 * 2
 """KV of the generated bench model: 12 layers, K and V, 8 heads of 64, bf16."""
 
 
+HOST_ONLY = "tiers:\n  - {type: host, capacity: 2GiB}\n"
+
+
 class Prompts:
     """Prompts of random tokens that share no page with one another."""
 
@@ -79,18 +82,27 @@ def generate(client: Client, prompt: Sequence[int], max_new_tokens: int) -> tupl
 
 @contextmanager
 def server(
-    folder: Path, *, cached: bool, pool_tokens: int, n_ranks: int = 1, environment: Mapping[str, str] = os.environ
+    folder: Path,
+    *,
+    cached: bool,
+    pool_tokens: int,
+    n_ranks: int = 1,
+    config: str = HOST_ONLY,
+    sleep_on_idle: bool = False,
+    environment: Mapping[str, str] = os.environ,
 ) -> Iterator[Client]:
-    """A server on the bench model. Both kinds get the same arguments but for our flag."""
+    """A server on the bench model. Both kinds get the same arguments but for our flag. config: the text of its file."""
     port = free_port()
     common = ["--model-path", str(make_model(RECIPES["bench"])), "--host", "127.0.0.1", "--port", str(port)]
     common += ["--max-total-tokens", str(pool_tokens), "--page-size", str(PAGE_SIZE)]
     if n_ranks > 1:
         common += ["--tp", str(n_ranks)]
-    config = folder / "tiers.yaml"
-    config.write_text("tiers:\n  - {type: host, capacity: 2GiB}\n")
+    if sleep_on_idle:
+        common += ["--sleep-on-idle"]
+    config_file = folder / "tiers.yaml"
+    config_file.write_text(config)
     if cached:
-        launch = serve.plan(["--cache-config", str(config), *common], environment, gpu=cpu.has_gpu())
+        launch = serve.plan(["--cache-config", str(config_file), *common], environment, gpu=cpu.has_gpu())
     else:
         launch = serve.Launch(
             [sys.executable, "-m", "sglang.launch_server", *cpu.cpu_arguments(common)], cpu.cpu_environment(environment)

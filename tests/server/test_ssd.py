@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hicache.ssd.directory import stores_in as check_path
+from hicache.ssd import check_path
 from sgl_lmcache.cpu.model import TINY, make_model
 from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest
 from tests.server.traffic import Tolerance, prompt, push_out, reusable
@@ -39,7 +39,7 @@ def ssd_setup(folder: Path, name: str = "ssd", *, policy: str = "wait", capacity
           - {{type: ssd, path: {folder}, capacity: {capacity}}}
         prefetch: {{policy: {policy}, timeout: {PREFETCH_TIMEOUT_S}s}}
     """
-    return Setup(name, ARGUMENTS, config=config)
+    return Setup(name, (*ARGUMENTS, "--enable-metrics"), config=config)
 
 
 @contextmanager
@@ -104,8 +104,7 @@ def test_a_server_that_is_killed_while_it_writes_answers_as_before(fleet: Fleet,
             assert server.inspect().tier["corrupt"] == 0
             if round_number < 3:
                 _kill_under_load(server, chance)
-        report = check_path(store)
-        assert report.damage == ()
+        assert [report.damage for report in check_path(store, fix=False)] == [[]]
         assert sum(512 * path.stat().st_blocks for path in store.rglob("*")) <= 48 << 20
     assert n_hits == 3, "its pages were used in each round, so they are the last to leave"
 
@@ -207,6 +206,23 @@ def test_new_weights_find_nothing_of_the_old_ones(ssd: Server) -> None:
     back = ssd.generate(tokens)
     assert back.cached_tokens == 0
     Tolerance(0.0).check(back, old)
+
+
+def test_the_tier_is_seen_in_the_metrics_of_sglang(ssd: Server) -> None:
+    tokens = prompt("metrics", 500)
+    ssd.generate(tokens, 1)
+    ssd.at_rest()
+    ssd.flush()
+    ssd.generate(tokens, 1)
+    n_loaded = ssd.at_rest().tier["loaded"]
+
+    def counted() -> bool | None:
+        figures = ssd.metrics()
+        return figures['sgl_lmcache_loaded_pages_total{tier="ssd"}'] >= n_loaded or None
+
+    wait_for("the counts are carried over", counted, ANSWER_TIMEOUT_S)
+    assert ssd.metrics()['sgl_lmcache_tier_available{tier="ssd"}'] == 1
+    assert ssd.metrics()['sgl_lmcache_tier_used_bytes{tier="ssd"}'] > 0
 
 
 # ---- failing disks ----

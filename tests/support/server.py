@@ -211,6 +211,13 @@ class Server:
         self._check(response)
         return dict(response.json())
 
+    def metrics(self) -> dict[str, float]:
+        """What `/metrics` says, by name and labels as they stand there. Only with `--enable-metrics`."""
+        response = self._http.get("/metrics")
+        self._check(response)
+        lines = (line.rpartition(" ") for line in response.text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in lines}
+
     def inspect(self) -> Inspection:
         """Look into the scheduler process of rank 0 between two of its iterations."""
         return self.probe.inspect()[0]

@@ -1,0 +1,102 @@
+"""Prometheus metrics of the tier below host memory, in SGLang's own `/metrics`. docs/metrics.md lists them.
+
+A tier counts for itself (`Tier.stats`), on any thread. The scheduler thread carries the counts over now and then, so
+that nothing here is called where pages move. SGLang's scheduler processes share a folder of metric files, and counters
+of several ranks are summed by SGLang's endpoint.
+
+`prometheus_client` looks for that folder when it is imported; SGLang names it before it starts its schedulers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from hicache import Tier
+
+PERIOD_S = 2.0
+"""How often the counts are carried over."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A counter, and the counts of a tier that it is made of: by the value of its second label, or by an empty one."""
+
+    name: str
+    help: str
+    stats: Mapping[str, str]
+    label: str = ""
+
+
+COUNTERS = (
+    Metric("sgl_lmcache_loaded_pages", "Pages read from the tier, verified.", {"": "loaded"}),
+    Metric("sgl_lmcache_stored_pages", "Pages written to the tier.", {"": "stored"}),
+    Metric("sgl_lmcache_evicted_pages", "Pages that left the tier to make room.", {"": "evicted"}),
+    Metric("sgl_lmcache_corrupt_pages", "Pages found damaged when they were read, and dropped.", {"": "corrupt"}),
+    Metric(
+        "sgl_lmcache_skipped_pages",
+        "Pages not written to the tier, by why.",
+        {"pressure": "skipped_pressure", "full": "skipped_full", "no_parent": "orphans"},
+        label="reason",
+    ),
+    Metric(
+        "sgl_lmcache_tier_errors",
+        "Operations that the tier's store refused, by what they were.",
+        {"read": "read_errors", "write": "write_errors", "map": "map_errors"},
+        label="operation",
+    ),
+    Metric("sgl_lmcache_read_bytes", "Bytes read from the tier's store.", {"": "read_nbytes"}),
+    Metric("sgl_lmcache_written_bytes", "Bytes written to the tier's store.", {"": "written_nbytes"}),
+)
+
+GAUGES = {
+    "sgl_lmcache_tier_available": "1 while the tier is used, 0 while its store is given up; the least of all ranks.",
+    "sgl_lmcache_tier_used_bytes": "Bytes that the tier's pages take, of all ranks.",
+    "sgl_lmcache_tier_limit_bytes": "Bytes that they may take, of all ranks.",
+}
+
+
+@dataclass
+class TierMetrics:
+    """Carries a tier's counts over. One for a process: names are registered once. clock: monotonic seconds."""
+
+    clock: Callable[[], float]
+    _due_s: float = 0.0
+    _published: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    _tier: Tier | None = None
+
+    def __post_init__(self) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self._counters = {
+            metric.name: Counter(metric.name, metric.help, ["tier", *filter(None, [metric.label])])
+            for metric in COUNTERS
+        }
+        self._gauges = {
+            name: Gauge(name, text, ["tier"], multiprocess_mode="livemin" if name.endswith("available") else "livesum")
+            for name, text in GAUGES.items()
+        }
+
+    def publish(self, tier: Tier) -> None:
+        """Once an iteration: does something every `PERIOD_S`. Never blocks."""
+        now_s = self.clock()
+        if now_s < self._due_s:
+            return
+        self._due_s = now_s + PERIOD_S
+        if tier is not self._tier:  # another one counts from 0
+            self._tier = tier
+            self._published.clear()
+        stats, name = tier.stats(), tier.name
+        for metric in COUNTERS:
+            for label, stat in metric.stats.items():
+                self._carry_over(metric, name, label, stats.get(stat, 0))
+        capacity = tier.capacity()
+        self._gauges["sgl_lmcache_tier_available"].labels(name).set(tier.health().available)
+        self._gauges["sgl_lmcache_tier_used_bytes"].labels(name).set(capacity.used_nbytes)
+        self._gauges["sgl_lmcache_tier_limit_bytes"].labels(name).set(capacity.limit_nbytes)
+
+    def _carry_over(self, metric: Metric, tier: str, label: str, count: int) -> None:
+        key = (metric.name, tier, label)
+        new = count - self._published.get(key, 0)
+        self._published[key] = count
+        self._counters[metric.name].labels(tier, *filter(None, [label])).inc(new)

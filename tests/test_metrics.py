@@ -1,0 +1,100 @@
+"""Our Prometheus metrics: what is published, and that the page lists exactly these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import prometheus_client
+import pytest
+
+from hicache.ssd import Counters
+from sgl_lmcache.metrics import COUNTERS, GAUGES, PERIOD_S, TierMetrics
+from tests.support.clock import Clock
+from tests.support.tiers import MemoryTier
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/metrics.md"
+
+
+class CountingTier(MemoryTier):
+    """Counts what a test says."""
+
+    counts: Mapping[str, int] = {}
+
+    def stats(self) -> Mapping[str, int]:
+        return self.counts
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def metrics(clock: Clock) -> Iterator[TierMetrics]:
+    """Names are registered once in a process, so they are taken back."""
+    registry = prometheus_client.REGISTRY
+    before = set(registry._collector_to_names)
+    yield TierMetrics(clock)
+    for collector in set(registry._collector_to_names) - before:
+        registry.unregister(collector)
+
+
+def value(name: str, **labels: str) -> float | None:
+    return prometheus_client.REGISTRY.get_sample_value(name, {"tier": "memory", **labels})
+
+
+def tier(**counts: int) -> CountingTier:
+    tier = CountingTier(np.zeros((4, 4096), np.uint8), 4)
+    tier.counts = counts
+    return tier
+
+
+def test_counts_are_carried_over_every_now_and_then(metrics: TierMetrics, clock: Clock) -> None:
+    one = tier(loaded=3, corrupt=1, orphans=2, read_errors=5)
+    clock.now_s = 100.0
+    metrics.publish(one)
+    assert value("sgl_lmcache_loaded_pages_total") == 3
+    assert value("sgl_lmcache_corrupt_pages_total") == 1
+    assert value("sgl_lmcache_skipped_pages_total", reason="no_parent") == 2
+    assert value("sgl_lmcache_tier_errors_total", operation="read") == 5
+    one.counts = {**one.counts, "loaded": 10}
+    metrics.publish(one)
+    assert value("sgl_lmcache_loaded_pages_total") == 3, "not in each iteration"
+    clock.now_s += PERIOD_S
+    metrics.publish(one)
+    assert value("sgl_lmcache_loaded_pages_total") == 10
+
+
+def test_another_tier_counts_on(metrics: TierMetrics, clock: Clock) -> None:
+    """New weights bring a store of their own, whose counts begin at 0."""
+    clock.now_s = 100.0
+    metrics.publish(tier(stored=7))
+    clock.now_s += PERIOD_S
+    metrics.publish(tier(stored=2))
+    assert value("sgl_lmcache_stored_pages_total") == 9
+
+
+def test_a_tier_that_is_given_up_is_seen(metrics: TierMetrics, clock: Clock) -> None:
+    one = tier()
+    clock.now_s = 100.0
+    metrics.publish(one)
+    assert value("sgl_lmcache_tier_available") == 1
+    assert value("sgl_lmcache_tier_limit_bytes") == 4 * 4096
+    one.close()
+    clock.now_s += PERIOD_S
+    metrics.publish(one)
+    assert value("sgl_lmcache_tier_available") == 0
+
+
+def test_every_count_that_is_published_is_one_of_the_ssd_tier() -> None:
+    known = set(Counters.__dataclass_fields__)
+    for metric in COUNTERS:
+        assert set(metric.stats.values()) <= known
+
+
+def test_the_page_lists_every_metric_and_no_other() -> None:
+    listed = set(re.findall(r"^\| `(sgl_lmcache_\w+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed == {f"{metric.name}_total" for metric in COUNTERS} | set(GAUGES)
