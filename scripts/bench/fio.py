@@ -1,4 +1,4 @@
-"""fio, as the measure of what a disk can do: sequential direct I/O on one preallocated file, at several depths."""
+"""fio, as the measure of what a disk can do: sequential direct I/O on one file, at several queue depths."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ Direction = Literal["read", "write"]
 
 
 class Fio:
-    """One file of at most `nbytes`, whole blocks of 1 MiB, that has been written once. Raises FileNotFoundError."""
+    """The whole blocks of 1 MiB of a file that is there, and has been written. Raises FileNotFoundError without fio."""
 
-    def __init__(self, folder: Path, nbytes: int) -> None:
+    def __init__(self, file: Path) -> None:
         found = shutil.which("fio")
         if found is None:
             raise FileNotFoundError(MISSING)
         self._fio = found
-        self._file = folder / "fio.bin"
-        self._nbytes = max(1, nbytes // BLOCK_NBYTES) * BLOCK_NBYTES
-        self.gb_per_s("write", DEPTHS[-1])
+        self._file = file
+        self._nbytes = file.stat().st_size // BLOCK_NBYTES * BLOCK_NBYTES
 
     def command(self, direction: Direction, depth: int) -> list[str]:
         return [

@@ -7,11 +7,11 @@
     python scripts/bench/ssd.py calls    [--pages 2048] [--rounds 25]
 
 read, write: pages go between the slab, in random order there, and the store as the engine has them go: batches of at
-most 32 MiB, all asked for at once, checksums included, with direct I/O. Each run stands beside one of fio, which
-moves the same bytes from or to a preallocated file in the same directory; they take turns to be first, and a ratio is
-the median over such pairs. The target is for the depth at which fio's median is best. Neighbours that take the cores
-hit fio's one thread harder than our several: where they do, the best run of each says more. A write goes to segments
-that exist and have been written before, as fio's file has been. GB/s is 10^9 bytes a second.
+most 32 MiB, all asked for at once, checksums included, with direct I/O. Each run stands beside one of fio on the same
+file, the store's segment (its first, if there are several); they take turns to be first, and a ratio is the median over
+such pairs. The target is for the depth at which fio's median is best. A disk or cores that are shared may favour one or
+the other for a while: the best run of each is compared as well. A write goes to a segment that exists and has been
+written before. GB/s is 10^9 bytes a second.
 
 restart: a store of so many pages of 4 KiB, in paths of 500, is opened by a process of its own, the map not in the page
 cache: how long after the call the tier was open, had answered for a path of 500 pages, had loaded and verified it, and
@@ -109,6 +109,7 @@ class Mover:
         self.tier = self.open("store")
         self.store()
         self.tier.flush().result()
+        self.file = next((folder / "store").rglob("data.0"))
 
     def open(self, name: str) -> SsdTier:
         return open_tier(self.folder / name, self.slab, self.page_nbytes, 16 * len(self.run))
@@ -125,14 +126,12 @@ class Mover:
 
     def rewrite(self) -> float:
         """Store what has just been deleted, so into slots of before."""
-        assert self.tier.delete(self.run.keys).result() == len(self.run)
-        self.tier.flush().result()
+        self._delete()
         return self.store()
 
     def rewrite_and_flush(self) -> float:
         """The same, until the bytes are synced and the map names them."""
-        assert self.tier.delete(self.run.keys).result() == len(self.run)
-        self.tier.flush().result()
+        self._delete()
         started_s = time.perf_counter()
         self.store()
         self.tier.flush().result()
@@ -148,6 +147,12 @@ class Mover:
             shutil.rmtree(self.folder / "fresh")
             self.tier = first
 
+    def _delete(self) -> None:
+        """Nothing is stored, and nothing is left to be done: the second flush waits for the end of the first one's."""
+        assert self.tier.delete(self.run.keys).result() == len(self.run)
+        for _ in range(2):
+            self.tier.flush().result()
+
     def _gb_per_s(self, call: Callable[[Batch], Future[int]]) -> float:
         started_s = time.perf_counter()
         futures = [call(batch) for batch in self.batches]
@@ -160,7 +165,7 @@ class Mover:
 def throughput(folder: Path, direction: Direction, n_pages: int, page_nbytes: int, n_rounds: int) -> Throughput:
     with closing(Mover(folder, n_pages, page_nbytes)) as mover:
         try:
-            fio = Fio(folder, mover.nbytes)
+            fio = Fio(mover.file)
         except FileNotFoundError as error:
             print(error, file=sys.stderr)
             fio = None
