@@ -7,6 +7,7 @@ while the disk is given up, a trial of it from time to time.
 
 from __future__ import annotations
 
+import errno
 import logging
 import sqlite3
 import threading
@@ -206,7 +207,8 @@ class Keeper:
     def _commit_failed(self, error: Exception) -> bool:
         volume = self._volume
         if isinstance(error, OSError):
-            volume.write_failed(error)
+            gone = error.errno == errno.ESTALE
+            (volume.went_away if gone else volume.write_failed)(error)
             return False
         if not (isinstance(error, sqlite3.Error) and is_damage(error)):
             volume.map_failed(error)

@@ -13,6 +13,30 @@ from hicache.ssd.workers import Work
 from hicache.tier import Batch, TierError
 
 
+def ask_load(volume: Volume, batch: Batch, future: Future[int]) -> None:
+    """Have an I/O thread `start_load`. Some ten microseconds."""
+    volume.workers.submit([_Starting(volume, batch, future)])
+
+
+class _Starting(Work):
+    """A load that has been asked for."""
+
+    is_read = True
+    nbytes = 0
+
+    def __init__(self, volume: Volume, batch: Batch, future: Future[int]) -> None:
+        self._volume = volume
+        self._batch = batch
+        self._future = future
+
+    def run(self) -> None:
+        start_load(self._volume, self._batch, self._future)
+
+    def finish(self) -> None:
+        if self.withdrawn:
+            self._future.set_result(0)
+
+
 def start_load(volume: Volume, batch: Batch, future: Future[int]) -> None:
     """Read what is resident of the batch; the future tells when and how far. Any thread; does not block."""
     with volume.lock:

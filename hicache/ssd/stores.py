@@ -1,6 +1,6 @@
-"""Stores: slab slots to file slots, and the queue of those that wait for room.
+"""Stores: slab slots to file slots, and the queue of those that wait for a thread or for room.
 
-A batch starts at once if free slots are there for all of its new pages. Otherwise pages leave, or a segment is added,
+Whoever asks only joins the queue; an I/O thread looks into the books and starts what it can. A batch starts if free slots are there for all of its new pages. Otherwise pages leave, or a segment is added,
 and the batch waits until the keeper has written that down, with all later ones behind it, so that parents go before
 their children. What waits or is being written is bounded in bytes; beyond it a store answers at once that it took less.
 
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import islice
+from threading import Lock
 
 import numpy as np
 
@@ -26,9 +28,10 @@ _NO_ROWS: Rows = np.empty(0, np.int32)
 
 
 class Storing:
-    """One batch on its way: the first `n_pages` of it."""
+    """One batch on its way: the first `n_pages` of it, which are `nbytes`."""
 
     def __init__(self, batch: Batch, n_pages: int, nbytes: int, future: Future[int]) -> None:
+        self.n_skipped = len(batch) - n_pages
         self.keys = batch.keys[: KEY_NBYTES * n_pages]
         self.parent = batch.parents[:KEY_NBYTES]
         self.slab_slots = batch.slots[:n_pages]
@@ -54,6 +57,7 @@ class Stores:
         self._volume = volume
         self._max_queued_nbytes = max_queued_nbytes
         self._queued_nbytes = 0
+        self._queue_lock = Lock()
         self._wake = wake
         self._waiting: deque[Storing] = deque()
         self._writing: dict[int, _WritePiece] = {}
@@ -73,44 +77,42 @@ class Stores:
         return len(self._waiting)
 
     def ask(self, batch: Batch, future: Future[int]) -> None:
-        """Start the batch or let it wait. Does not block."""
+        """Let the batch join the queue, as far as there is room in it. Some ten microseconds."""
         slot_nbytes = self.slot_nbytes
-        with self._volume.lock:
-            n_known = self._volume.pages.n_found(batch.keys)
-            n_new = min(len(batch) - n_known, (self._max_queued_nbytes - self._queued_nbytes) // slot_nbytes)
-            self._volume.counters.skipped_pressure += len(batch) - n_known - n_new
-            storing = Storing(batch, n_known + n_new, n_new * slot_nbytes, future)
+        with self._queue_lock:
+            n_pages = min(len(batch), max(0, self._max_queued_nbytes - self._queued_nbytes) // slot_nbytes)
+            storing = Storing(batch, n_pages, n_pages * slot_nbytes, future)
             self._queued_nbytes += storing.nbytes
-            must_wait = bool(self._waiting) or self._volume.is_filling
-            pieces = None if must_wait else self._start(storing)
-            if pieces is None:
-                self._waiting.append(storing)
-        if pieces is None:
-            self._wake()
-        else:
-            self._go(storing, pieces)
+            self._waiting.append(storing)
+        self._volume.workers.submit([_Starting(self)])
 
     def resume(self) -> None:
-        """Start what waits, as far as there is room. On the keeper's thread."""
+        """Start what waits, as far as there is room. On an I/O thread or the keeper's."""
         while True:
             with self._volume.lock:
                 if not self._waiting or self._volume.is_filling:
                     return
                 storing = self._waiting[0]
                 pieces = self._start(storing)
-                if pieces is None:
-                    return
-                self._waiting.popleft()
+                if pieces is not None:
+                    self._waiting.popleft()
+                    self._volume.counters.skipped_pressure += storing.n_skipped
+            if pieces is None:
+                self._wake()
+                return
             self._go(storing, pieces)
 
     def withdraw(self) -> None:
         """Answer those that wait: nothing of them is stored."""
         with self._volume.lock:
-            withdrawn = list(self._waiting)
-            self._waiting.clear()
-            self._queued_nbytes -= sum(storing.nbytes for storing in withdrawn)
+            withdrawn = [self._waiting.popleft() for _ in range(len(self._waiting))]
         for storing in withdrawn:
+            self._leave_queue(storing)
             storing.answer(self._name)
+
+    def _leave_queue(self, storing: Storing) -> None:
+        with self._queue_lock:
+            self._queued_nbytes -= storing.nbytes
 
     @property
     def _name(self) -> str:
@@ -156,8 +158,9 @@ class Stores:
             return True
         if pages.n_dying:
             return True
-        n_wanted = sum(len(storing.slab_slots) for storing in self._waiting)
-        n_evicted = pages.evict(max(n_short, min(n_wanted, pages.n_live // 8)))
+        with self._queue_lock:  # the first is the one that is short
+            n_behind = sum(len(storing.slab_slots) for storing in islice(self._waiting, 1, None))
+        n_evicted = pages.evict(max(n_short, min(n_short + n_behind, pages.n_live // 8)))
         self._volume.counters.evicted += n_evicted
         return n_evicted > 0
 
@@ -187,7 +190,7 @@ class Stores:
         missing = states != State.RESIDENT
         storing.n_stored = int(missing.argmax()) if missing.any() else len(states)
         self._volume.pages.let_go(storing.rows)
-        self._queued_nbytes -= storing.nbytes
+        self._leave_queue(storing)
 
     # ---- on an I/O thread ----
 
@@ -217,6 +220,22 @@ class Stores:
             self._volume.write_failed(piece.error)
         for storing in ended:
             storing.answer(self._name)
+
+
+class _Starting(Work):
+    """Somebody has joined the queue."""
+
+    is_read = False
+    nbytes = 0
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+
+    def run(self) -> None:
+        self._stores.resume()
+
+    def finish(self) -> None:
+        """What has not been started waits on: for the keeper, or to be withdrawn."""
 
 
 class _WritePiece(Work):

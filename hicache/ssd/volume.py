@@ -172,8 +172,7 @@ class Volume:
     def _give_up(self, what: str, *breakers: Breaker) -> None:
         """The first failure is told; what waits for the disk is withdrawn."""
         sentence = f"the store {self.spec.folder.path} {what}"
-        opened = [breaker for breaker in breakers if breaker.trip(sentence)]
-        if opened:
+        if any([breaker.trip(sentence) for breaker in breakers]):
             logger.error("sgl_lmcache: SSD tier: %s; going on without it, and trying again", sentence)
         self.workers.withdraw(reads=self.reads in breakers, writes=self.writes in breakers)
 

@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 _FORGET_AT_S: Final = 4.0
 """The speed is that of the last few seconds in which the disk was read."""
 
+_STALE_S: Final = 60.0
+"""A speed that was measured so long ago says nothing: whoever never asks a slow disk would never learn that it is fast
+again."""
+
 
 class Work(ABC):
     """Some neighbouring slots to be read or written. `error` says why they were not, `withdrawn` that nobody tried."""
@@ -62,9 +66,10 @@ class Speed:
             self._busy_s += now_s - self._since_s
         self._since_s = now_s
 
-    def time_s(self, nbytes: int) -> float:
-        """How long that much takes; 0.0 if nothing has been measured."""
-        return nbytes * self._busy_s / self._nbytes if self._nbytes else 0.0
+    def time_s(self, nbytes: int, now_s: float) -> float:
+        """How long that much takes; 0.0 if nothing has been measured lately."""
+        is_stale = not self._n_busy and now_s - self._since_s > _STALE_S
+        return nbytes * self._busy_s / self._nbytes if self._nbytes and not is_stale else 0.0
 
 
 class Workers:
@@ -120,7 +125,7 @@ class Workers:
         """How long a read of so much would take, behind the reads that are queued or under way."""
         with self._changed:
             ahead = sum(work.nbytes for work in self._reads) + sum(w.nbytes for w in self._under_way if w.is_read)
-            return self._speed.time_s(ahead + nbytes)
+            return self._speed.time_s(ahead + nbytes, self._clock())
 
     def stop(self, timeout_s: float) -> bool:
         """Withdraw what is queued, wait for what is under way; returns False if that did not end in time."""
