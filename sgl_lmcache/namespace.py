@@ -9,24 +9,30 @@ of one model apart without reading hundreds of gigabytes. A folder of the Huggin
 Weights that come from nowhere (`--load-format dummy`) or from where they cannot be looked at have no identity, and
 their KV has no name: it may be kept in this process, and nowhere else.
 
-Weights that change while the server runs start a new namespace. Its name is the `weight_version` that came with them,
-or else a number that no other server uses.
+Weights that change while the server runs start a new namespace. It is named by the weights themselves: by sums over all
+parameters and buffers, as they lie in the device's memory (`weights_digest`). So it does not matter how they came
+there, what they were called, or whether all of them came.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import torch
 import xxhash
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 """Of the bytes of a stored page: one more whenever an old one could be misread."""
@@ -34,6 +40,10 @@ FORMAT_VERSION = 1
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npz")
 SAMPLE_NBYTES = 64 << 10
 N_SAMPLES = 16
+
+N_COLUMNS = 1024
+PIECE_ELEMENTS = 1024 * N_COLUMNS
+"""What `weights_digest` looks at in one go, as 8-byte numbers: that is the memory it needs on the device."""
 
 _NOT_LOADED_FROM_FILES = ("dummy", "remote", "remote_instance", "rdma", "ipc_cache")
 
@@ -58,9 +68,8 @@ class Namespace:
     """Whether page keys are of pairs of tokens (SGLang's EAGLE)."""
     origin: str
     """A number of this server's own, the same on all its ranks."""
-    n_updates: int = 0
-    weight_version: str | None = None
-    """None: the weights are the model's files'; empty: updated without a version."""
+    weights: str | None = None
+    """`weights_digest` of weights that came while the server ran; None: they are the model's files."""
 
     @property
     def is_persistent(self) -> bool:
@@ -70,8 +79,6 @@ class Namespace:
     @property
     def digest(self) -> str:
         """32 hex digits."""
-        own = self.model is None or self.weight_version == ""
-        unique = (self.origin, self.n_updates) if own else None
         fields = (
             FORMAT_VERSION,
             self.user,
@@ -81,14 +88,14 @@ class Namespace:
             self.scales,
             self.shard,
             self.is_eagle,
-            self.weight_version,
-            unique,
+            self.weights,
+            self.origin if self.model is None else None,
         )
         return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()[:32]
 
-    def renewed(self, weight_version: str | None) -> Namespace:
-        """After new weights. weight_version: what came with them; None: nothing did."""
-        return replace(self, n_updates=self.n_updates + 1, weight_version=weight_version or "")
+    def renewed(self, weights: str) -> Namespace:
+        """After new weights. weights: their digest."""
+        return replace(self, weights=weights)
 
 
 def model_identity(server_args: ServerArgs, model_config: ModelConfig) -> str | None:
@@ -135,6 +142,76 @@ def _scaled_layers(model: Any) -> Iterator[tuple[str, Any]]:
     for name, layer in model.named_modules():
         if getattr(layer, "k_scale_float", None) is not None:
             yield name, layer
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """32 hex digits that all parameters and buffers of a live model are a part of, bit by bit. Blocks for a pass.
+
+    For each tensor there are its name, shape, dtype and three sums of its bits (`_sums`). They are the same in every
+    process, and tell trainings apart, not attackers: who chooses the weights can find two models with one digest.
+
+    It is about the tensors of this process: ranks hold different shards, and their digests differ.
+
+    Raises nothing. Weights that cannot be read (they have no memory, or there is none left to sum them in) have a
+    digest that nothing else has.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    digest = hashlib.sha256()
+    try:
+        with torch.no_grad():
+            for name, tensor in sorted(tensors.items()):
+                described = (name, tuple(tensor.shape), str(tensor.dtype), *_dense(tensor)[1:], _sums(tensor))
+                digest.update(msgspec.json.encode(described))
+    except RuntimeError as error:  # PyTorch's, for what has no storage, knows no views, or does not fit
+        logger.warning("sgl_lmcache: the new weights cannot be read, so nobody else can share their KV: %s", error)
+        return secrets.token_hex(16)
+    return digest.hexdigest()[:32]
+
+
+def _sums(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Of a tensor's elements, as integers of their size: their sum, by columns and by rows.
+
+    Its memory is a table of `N_COLUMNS` columns. The sums of columns, and those of rows, are added up with a factor for
+    each. The first number sees any change of one element, and the other two any exchange of two, for two places
+    differ in column or row: their factors differ by less than 2**31 and elements of up to four bytes by less than
+    2**32, so nothing cancels modulo 2**64. Other changes go unseen by chance only, of about one in 2**64.
+    """
+    elements = _as_integers(_dense(tensor)[0].reshape(-1))
+    columns = torch.zeros(N_COLUMNS, dtype=torch.int64, device=elements.device)
+    rows = columns.new_zeros(-(-len(elements) // N_COLUMNS))
+    for start in range(0, len(elements), PIECE_ELEMENTS):
+        piece = elements[start : start + PIECE_ELEMENTS].to(torch.int64)
+        if len(piece) % N_COLUMNS:
+            piece = torch.nn.functional.pad(piece, (0, -len(piece) % N_COLUMNS))
+        table = piece.view(-1, N_COLUMNS)
+        columns += table.sum(0)
+        rows[start // N_COLUMNS :][: len(table)] = table.sum(1)
+    sums = torch.stack((columns.sum(), (columns * _factors(columns)).sum(), (rows * _factors(rows)).sum()))
+    total, by_column, by_row = sums.tolist()
+    return total, by_column, by_row
+
+
+def _dense(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """The tensor with its dimensions in the order in which they lie in memory, so that it need not be copied, and which
+    of its dimensions they are: quantised weights are often transposed."""
+    tensor = tensor.detach()
+    order = list(range(tensor.dim()))
+    if not tensor.is_contiguous():
+        order.sort(key=tensor.stride, reverse=True)
+    return tensor.permute(order), order
+
+
+def _as_integers(flat: torch.Tensor) -> torch.Tensor:
+    """The bits of a flat tensor. Longer elements are several of four bytes."""
+    return flat.view({1: torch.uint8, 2: torch.int16}.get(flat.element_size(), torch.int32))
+
+
+def _factors(sums: torch.Tensor) -> torch.Tensor:
+    """Numbers of 31 bits, one for each sum, no two alike: each step can be undone."""
+    x = torch.arange(len(sums), dtype=torch.int64, device=sums.device)
+    for multiplier in (0x2C1B3C6D, 0x297A2D39):
+        x = ((x ^ (x >> 15)) * multiplier) & 0x7FFFFFFF
+    return x ^ (x >> 15)
 
 
 def _local_folder(model_path: str, revision: str | None) -> Path | None:
