@@ -144,39 +144,51 @@ def _scaled_layers(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """32 hex digits that all parameters and buffers of a live model are a part of, bit by bit. Blocks for a pass.
+def weights_digest(model: torch.nn.Module, group: torch.distributed.ProcessGroup | None = None) -> str:
+    """32 hex digits that name all parameters and buffers of a live model. Blocks for a pass over them.
 
     For each tensor there are its name, shape, dtype and three sums of its bits (`_sums`). They are the same in every
     process, and tell trainings apart, not attackers: who chooses the weights can find two models with one digest.
 
-    It is about the tensors of this process: ranks hold different shards, and their digests differ.
+    group: the ranks that hold the rest of the model; its tensors are in CPU memory. The KV of one rank depends on the
+    weights of all, so what they hold together is named, the same on all of them. All of them have to call this.
 
-    Raises nothing. Weights that cannot be read (they have no memory, or there is none left to sum them in) have a
-    digest that nothing else has.
+    Weights that cannot be read (they have no memory, or there is none left to sum them in) have a digest that nothing
+    else has; nothing is raised for them.
     """
+    mine = _shard_digest(model)
+    if group is None or torch.distributed.get_world_size(group) == 1:
+        return mine
+    parts = [""] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(parts, mine, group=group)
+    return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
+
+
+def _shard_digest(model: torch.nn.Module) -> str:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     digest = hashlib.sha256()
     try:
         with torch.no_grad():
             for name, tensor in sorted(tensors.items()):
-                described = (name, tuple(tensor.shape), str(tensor.dtype), *_dense(tensor)[1:], _sums(tensor))
-                digest.update(msgspec.json.encode(described))
+                dense, order = _dense(tensor)
+                digest.update(
+                    msgspec.json.encode((name, list(tensor.shape), str(tensor.dtype), order, *_sums(dense.reshape(-1))))
+                )
     except RuntimeError as error:  # PyTorch's, for what has no storage, knows no views, or does not fit
-        logger.warning("sgl_lmcache: the new weights cannot be read, so nobody else can share their KV: %s", error)
+        logger.warning("sgl_lmcache: the new weights cannot be read, so their KV has a name of its own: %s", error)
         return secrets.token_hex(16)
     return digest.hexdigest()[:32]
 
 
-def _sums(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Of a tensor's elements, as integers of their size: their sum, by columns and by rows.
+def _sums(flat: torch.Tensor) -> tuple[int, int, int]:
+    """Of its elements, as integers of their size: their sum, and that with a factor by column, and with one by row.
 
-    Its memory is a table of `N_COLUMNS` columns. The sums of columns, and those of rows, are added up with a factor for
-    each. The first number sees any change of one element, and the other two any exchange of two, for two places
-    differ in column or row: their factors differ by less than 2**31 and elements of up to four bytes by less than
-    2**32, so nothing cancels modulo 2**64. Other changes go unseen by chance only, of about one in 2**64.
+    The tensor is taken for a table of `N_COLUMNS` columns. The first number sees every change of one element. The
+    others see every exchange of two: the two differ in column or in row, so in one of their factors, by less than
+    2**31; and as elements of up to four bytes differ by less than 2**32, nothing cancels modulo 2**64. For changes of
+    more elements, and exchanges of longer ones, it would take a coincidence in all three numbers to go unseen.
     """
-    elements = _as_integers(_dense(tensor)[0].reshape(-1))
+    elements = _as_integers(flat)
     columns = torch.zeros(N_COLUMNS, dtype=torch.int64, device=elements.device)
     rows = columns.new_zeros(-(-len(elements) // N_COLUMNS))
     for start in range(0, len(elements), PIECE_ELEMENTS):
@@ -192,13 +204,15 @@ def _sums(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _dense(tensor: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """The tensor with its dimensions in the order in which they lie in memory, so that it need not be copied, and which
-    of its dimensions they are: quantised weights are often transposed."""
+    """The tensor without gaps, and the order of its dimensions there: that in which they lie in memory (quantised
+    weights are often transposed), so that only what has gaps is copied."""
     tensor = tensor.detach()
-    order = list(range(tensor.dim()))
-    if not tensor.is_contiguous():
-        order.sort(key=tensor.stride, reverse=True)
-    return tensor.permute(order), order
+    as_named = list(range(tensor.dim()))
+    as_stored = sorted(as_named, key=tensor.stride, reverse=True)
+    for order in (as_named, as_stored):
+        if tensor.permute(order).is_contiguous():
+            return tensor.permute(order), order
+    return tensor.contiguous(), as_named
 
 
 def _as_integers(flat: torch.Tensor) -> torch.Tensor:

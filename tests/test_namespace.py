@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
+from sgl_lmcache import namespace
 from sgl_lmcache.namespace import (
+    N_COLUMNS,
     N_SAMPLES,
     SAMPLE_NBYTES,
     Namespace,
@@ -18,6 +26,7 @@ from sgl_lmcache.namespace import (
     files_identity,
     model_identity,
     scales_identity,
+    weights_digest,
 )
 
 BASE = Namespace("default", "model", "adapters", "NHD/fp16", "scales", (0, 2), is_eagle=False, origin="1")
@@ -29,7 +38,7 @@ OTHERS: dict[str, Any] = {
     "scales": "",
     "shard": (1, 2),
     "is_eagle": True,
-    "weight_version": "step 7",
+    "weights": "digest of updated weights",
 }
 
 
@@ -39,7 +48,7 @@ def test_each_field_changes_the_name(field: str) -> None:
 
 
 def test_no_field_has_been_forgotten_here() -> None:
-    assert {field.name for field in fields(Namespace)} == OTHERS.keys() | {"origin", "n_updates"}
+    assert {field.name for field in fields(Namespace)} == OTHERS.keys() | {"origin"}
 
 
 def test_fields_do_not_run_into_each_other() -> None:
@@ -59,19 +68,225 @@ def test_weights_from_nowhere_are_this_servers_own() -> None:
     assert replace(own, shard=(1, 2)).digest != own.digest
 
 
-def test_new_weights_with_a_version_have_its_name_on_every_server() -> None:
-    renewed = BASE.renewed("step 7")
+def test_new_weights_have_one_name_on_every_server() -> None:
+    renewed = BASE.renewed("a")
     assert renewed.digest != BASE.digest
-    assert replace(BASE, origin="2").renewed("step 7").digest == renewed.digest
-    assert renewed.renewed("step 8").digest != renewed.digest
-    assert renewed.renewed("step 8").renewed("step 7").digest == renewed.digest, "the same weights again"
+    assert replace(BASE, origin="2").renewed("a").digest == renewed.digest
+    assert renewed.renewed("b").digest != renewed.digest
+    assert renewed.renewed("b").renewed("a").digest == renewed.digest, "the same weights again"
+    assert renewed.is_persistent
 
 
-def test_new_weights_without_a_version_have_a_name_that_nobody_else_has() -> None:
-    first, second = BASE.renewed(None), BASE.renewed(None).renewed(None)
-    names = {BASE.digest, first.digest, second.digest, replace(BASE, origin="2").renewed(None).digest}
+def test_new_weights_of_a_model_from_nowhere_are_this_servers_own_too() -> None:
+    own = replace(BASE, model=None)
+    names = {own.digest, own.renewed("a").digest, own.renewed("b").digest, BASE.renewed("a").digest}
+    assert len(names | {replace(own, origin="2").renewed("a").digest}) == 5
+    assert not own.renewed("a").is_persistent
+
+
+# ---- updated weights ----
+
+DTYPES = [
+    *(torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    *(torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64),
+]
+
+
+def module(**tensors: torch.Tensor) -> torch.nn.Module:
+    """A model with these parameters; what can have no gradient is a buffer, as in SGLang's models."""
+    model = torch.nn.Module()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            model.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        else:
+            model.register_buffer(name, tensor)
+    return model
+
+
+def some(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:
+    """Any bits."""
+    size = torch.empty((), dtype=dtype).element_size()
+    limit = 2 if dtype == torch.bool else 256
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(limit, (*shape[:-1], shape[-1] * size), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's elements, flat, as integers; writing to them changes it."""
+    return tensor.view(-1).view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equal_weights_have_equal_digests_and_other_bits_another(dtype: torch.dtype) -> None:
+    digest = weights_digest(module(a=some(dtype, 3, 700)))
+    assert re.fullmatch("[0-9a-f]{32}", digest)
+    assert weights_digest(module(a=some(dtype, 3, 700))) == digest
+    changed = some(dtype, 3, 700)
+    bits(changed)[1234] ^= 1
+    assert weights_digest(module(a=changed)) != digest
+
+
+def test_the_digest_is_the_same_in_every_process() -> None:
+    """And in every version: a store outlives the server, so this value may not change."""
+    weights = torch.arange(5000, dtype=torch.float32).view(50, 100)
+    program = """if True:
+        import torch
+        from sgl_lmcache.namespace import weights_digest
+        model = torch.nn.Module()
+        model.register_buffer("a", torch.arange(5000, dtype=torch.float32).view(50, 100))
+        print(weights_digest(model))
+    """
+    other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [weights_digest(module(a=weights)), other.stdout.strip()] == ["faf6d4b2db149504a1c59dba76221f70"] * 2
+
+
+SHAPES = st.sampled_from([(1,), (2, 3), (5, N_COLUMNS), (N_COLUMNS,), (3 * N_COLUMNS + 7,)])
+ANY_DTYPE = st.sampled_from(DTYPES)
+
+
+@given(ANY_DTYPE, SHAPES, st.data())
+def test_every_change_of_one_element_is_seen(dtype: torch.dtype, shape: tuple[int, ...], data: st.DataObject) -> None:
+    tensor = some(dtype, *shape)
+    before = weights_digest(module(a=tensor))
+    index = data.draw(st.integers(0, tensor.numel() - 1))
+    bit = 0 if dtype == torch.bool else data.draw(st.integers(0, 8 * tensor.element_size() - 1))
+    mask = torch.tensor(1).bitwise_left_shift(bit).to(bits(tensor).dtype)
+    bits(tensor)[index] ^= mask
+    assert weights_digest(module(a=tensor)) != before
+
+
+@given(ANY_DTYPE, st.data())
+def test_every_exchange_of_two_elements_is_seen(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Also where only a sign differs, in one column, in one row, and over the end of a piece."""
+    tensor = some(dtype, 4 * N_COLUMNS + 1)
+    flat = bits(tensor)
+    first = data.draw(st.integers(0, len(flat) - 1))
+    step = data.draw(st.sampled_from([1, 7, N_COLUMNS, N_COLUMNS + 1, 2 * N_COLUMNS, 2 * N_COLUMNS - 1]))
+    second = (first + step) % len(flat)
+    if dtype != torch.bool and data.draw(st.booleans()):
+        top = 8 * tensor.element_size() - 1
+        flat[second] = flat[first] ^ torch.tensor(1).bitwise_left_shift(top).to(flat.dtype)
+    assume(flat[first] != flat[second])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(namespace, "PIECE_ELEMENTS", 2 * N_COLUMNS)
+        before = weights_digest(module(a=tensor))
+        flat[[first, second]] = flat[[second, first]]
+        assert weights_digest(module(a=tensor)) != before
+
+
+@given(st.permutations(range(6)))
+def test_rows_and_columns_that_change_places_are_seen(order: list[int]) -> None:
+    assume(order != sorted(order))
+    tensor = some(torch.bfloat16, 6, 6)
+    names = {weights_digest(module(a=t.contiguous())) for t in (tensor, tensor[order], tensor[:, order], tensor.T)}
     assert len(names) == 4
-    assert BASE.renewed("").digest == first.digest, "an empty version is none"
+
+
+def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = module(a=some(torch.bfloat16, 7, N_COLUMNS), b=some(torch.float32, 9 * N_COLUMNS + 5))
+    whole = weights_digest(model)
+    monkeypatch.setattr(namespace, "PIECE_ELEMENTS", 2 * N_COLUMNS)
+    assert weights_digest(model) == whole
+
+
+def test_names_shapes_and_dtypes_count() -> None:
+    zeros = torch.zeros(6)
+    others = [
+        module(),
+        module(a=zeros),
+        module(b=zeros),
+        module(a=zeros, b=zeros.clone()),
+        module(a=zeros.view(2, 3)),
+        module(a=zeros.view(3, 2)),
+        module(a=torch.zeros(7)),
+        module(a=torch.zeros(6, dtype=torch.int32)),
+        module(a=torch.zeros(6, dtype=torch.bfloat16)),
+        module(a=torch.zeros(())),
+        module(a=torch.zeros(0)),
+        module(a=torch.zeros(0, 3)),
+        module(a=torch.zeros(3, 0)),
+    ]
+    assert len({weights_digest(model) for model in others}) == len(others)
+
+
+def test_the_order_of_registration_does_not_count() -> None:
+    a, b = some(torch.float32, 5), some(torch.bfloat16, 5)
+    assert weights_digest(module(a=a, b=b)) == weights_digest(module(b=b, a=a))
+    assert weights_digest(module(a=a, b=b)) != weights_digest(module(a=b, b=a))
+
+
+def test_what_two_tensors_exchange_is_seen() -> None:
+    a, b = some(torch.float32, 5), some(torch.float32, 5, seed=1)
+    assert weights_digest(module(a=a, b=b)) != weights_digest(module(a=b, b=a))
+
+
+def test_tied_weights_count_once_and_where_they_are_first() -> None:
+    def tied() -> torch.nn.Module:
+        model = torch.nn.ModuleDict({"embed": module(w=some(torch.bfloat16, 4, 8)), "head": torch.nn.Module()})
+        model["head"].w = model["embed"].w
+        return model
+
+    model = tied()
+    before = weights_digest(model)
+    assert weights_digest(tied()) == before
+    bits(model["head"].w.data)[3] ^= 1
+    assert weights_digest(model) != before
+
+
+def test_how_a_tensor_lies_in_memory_is_no_obstacle() -> None:
+    """Transposed, as quantised weights are; with gaps; one element for all; in the middle of another tensor."""
+    plain = some(torch.float8_e4m3fn, 30, 40)
+    transposed = module(a=plain.t())
+    assert weights_digest(transposed) == weights_digest(module(a=plain.clone().t()))
+    bits(plain)[77] ^= 1
+    assert weights_digest(transposed) != weights_digest(module(a=some(torch.float8_e4m3fn, 30, 40).t()))
+
+    wide = some(torch.bfloat16, 30, 40)
+    for view in (wide[:, 3:20], wide[3:20], wide.view(-1)[3:], wide[:, ::2], wide[:1].expand(5, 40)):
+        assert weights_digest(module(a=view)) == weights_digest(
+            module(a=view.clone(memory_format=torch.contiguous_format))
+        )
+
+
+def test_a_transposed_tensor_is_not_copied() -> None:
+    plain = some(torch.float8_e4m3fn, 30, 40)
+    dense, order = namespace._dense(plain.t())
+    assert (dense.data_ptr(), dense.is_contiguous(), order) == (plain.data_ptr(), True, [1, 0])
+
+
+def test_weights_that_cannot_be_read_have_a_name_that_nobody_else_has(caplog: pytest.LogCaptureFixture) -> None:
+    model = module(a=torch.empty(3, device="meta"))
+    first, second = weights_digest(model), weights_digest(model)
+    assert re.fullmatch("[0-9a-f]{32}", first)
+    assert first != second
+    assert "cannot be read" in caplog.text
+
+
+def test_reading_leaves_the_weights_as_they_are() -> None:
+    model = torch.nn.Linear(3, 4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights_digest(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(value.requires_grad and value.grad is None for value in model.parameters())
+
+
+def _digests_of_rank(rank: int, folder: str) -> None:
+    """With the weights as they are, with others on rank 0, and with others on rank 1."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    group = torch.distributed.group.WORLD
+    models = [module(a=some(torch.float32, 5, seed=10 if rank == changed else rank)) for changed in (None, 0, 1)]
+    Path(folder, str(rank)).write_text(" ".join(weights_digest(model, group) for model in models))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_have_one_digest_of_all_their_weights(tmp_path: Path) -> None:
+    """KV of a rank changes with the weights of any other, even if its own stay as they were."""
+    torch.multiprocessing.spawn(_digests_of_rank, (str(tmp_path),), nprocs=2)
+    first, second = ((tmp_path / str(rank)).read_text().split() for rank in range(2))
+    assert first == second
+    assert len(set(first)) == 3
 
 
 # ---- files ----
