@@ -85,6 +85,7 @@ class Engine:
     clock: monotonic seconds, for deadlines only.
     tier: what lies below host memory; the engine closes it. batch_pages: the most that one call of the tier moves.
     fetch_only_if_faster: compute what the tier would take longer to load, by what was measured of both.
+    fetch_timeout_s: how long a load may take before its pages are given up, whether somebody waits for it or not.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Engine:
         tier: Tier | None = None,
         batch_pages: int = 16,
         fetch_only_if_faster: bool = False,
+        fetch_timeout_s: float = 5.0,
     ) -> None:
         self.stats = Stats()
         self.index = index
@@ -113,13 +115,18 @@ class Engine:
                 self.prefill_speed,
                 batch_pages=batch_pages,
                 only_if_faster=fetch_only_if_faster,
+                timeout_s=fetch_timeout_s,
+                clock=clock,
             )
         self.tainted = False
-        self._is_lost = False
+        self._is_retired = False
         self.digest = 0
         self.has_decided = False
         self._max_leased = int(n_slots * max_leased_share)
         self._n_leased = 0
+        self._n_tickets_on = np.zeros(index.capacity, np.int32)
+        """By row: how many tickets lease it."""
+        self._polled_at = (0, 0)
         self._tickets: set[Ticket] = set()
         self._arriving: Waits[Ticket] = Waits(ticket_timeout_s, clock)
         self._following: Waits[Ticket] = Waits(FOLLOW_TIMEOUT_S, clock)
@@ -129,11 +136,11 @@ class Engine:
     # ---- write-back ----
 
     def holds(self, key: bytes | None) -> bool:
-        """Whether host memory holds this page or is receiving it, so that pages below it may be admitted."""
+        """Whether host memory holds or receives this page and all above it, so that pages below it may be admitted."""
         if key is None:
             return True
         row = self.index.row_of(key)
-        return row is not None and bool(self.host.held(np.array([row], dtype=np.int32))[0])
+        return row is not None and bool(self.host.held(self.index.path(row)).all())
 
     def begin_offload(self, keys: bytes, parent: bytes | None = None) -> Offload | None:
         """SGLang holds these pages in HBM: which of them are to be copied into which slots.
@@ -265,14 +272,25 @@ class Engine:
         return ticket
 
     def _lease_for(self, ticket: Ticket, rows: Rows) -> None:
-        """Give the ticket leases on these rows in place of those it has, if waiting requests may lease so much."""
-        if self._n_leased - len(ticket.rows) + len(rows) > self._max_leased:
+        """Give the ticket leases on these rows in place of those it has, if waiting requests may lease so much.
+
+        A page that several wait for counts once.
+        """
+        n_new = int(np.count_nonzero(self._n_tickets_on[rows] == 0))
+        if self._n_leased + n_new > self._max_leased:
             self.stats.tickets_unleased += 1
             return
         self.index.lease(rows)
-        self.index.release(ticket.rows)
-        self._n_leased += len(rows) - len(ticket.rows)
+        self._n_tickets_on[rows] += 1
+        self._n_leased += n_new
+        self._end_leases(ticket)
         ticket.rows = rows
+
+    def _end_leases(self, ticket: Ticket) -> None:
+        rows, ticket.rows = ticket.rows, NO_ROWS
+        self._n_tickets_on[rows] -= 1
+        self._n_leased -= int(np.count_nonzero(self._n_tickets_on[rows] == 0))
+        self.index.release(rows)
 
     def admit(self, ticket: Ticket) -> bool:
         """An admission attempt: whether the request of `ticket` may go into a batch of this pass.
@@ -309,15 +327,19 @@ class Engine:
         self._arriving.discard(ticket)
         self._following.discard(ticket)
         self._prefills.end(ticket.prefill)
-        self.index.release(ticket.rows)
-        self._n_leased -= len(ticket.rows)
+        self._end_leases(ticket)
 
     def poll_tickets(self) -> None:
-        """Let go whose pages have all arrived. Cheap when nobody waits."""
+        """Let go whose pages have all arrived. Cheap when nothing has arrived since the last call."""
+        arrived = (self.host.n_arrivals, 0 if self.below is None else self.below.fetches.n_ended)
+        if arrived == self._polled_at:
+            return
+        self._polled_at = arrived
         for ticket in self._arriving.waiting():
             if ticket.is_fetching:
                 continue
-            if ticket.fetch is not None:
+            if ticket.fetch is not None and not ticket.has_leased_fetched:
+                ticket.has_leased_fetched = True
                 self._lease_fetched(ticket, ticket.fetch)
             if not self._is_arriving(ticket):
                 self._arriving.discard(ticket)
@@ -381,11 +403,11 @@ class Engine:
     def report(self, *, decides: bool) -> list[int]:
         """What this rank sees for itself, always equally many numbers from 0 to `UNKNOWN`. Never blocks.
 
-        decides: whether this rank's clock and measurements count. The rank for which they do says how many have waited
-        their time for pages to arrive, and for another's prefill.
+        decides: whether this rank's clock counts for those who wait. If it does, it says how many have waited their
+        time for pages to arrive, and for another's prefill.
         """
         overdue = [self._arriving.n_overdue(), self._following.n_overdue()] if decides else [UNKNOWN, UNKNOWN]
-        return overdue if self.below is None else overdue + self.below.report(decides=decides)
+        return overdue if self.below is None else overdue + self.below.report()
 
     def follow(self, agreed: Sequence[int]) -> None:
         """Act on the minima over all ranks of their reports."""
@@ -429,16 +451,14 @@ class Engine:
         lingering = [] if self.below is None else self.below.detach()
         self.index.clear()
         self.host.clear(np.concatenate([NO_ROWS, *lingering]))
-        self.tainted = self._is_lost
+        self.tainted = self._is_retired
         self.digest = 0
         self.stats.resets += 1
 
     def replace_tier(self, tier: Tier) -> None:
-        """Go on with another tier below, for other names. Closes the old one, which blocks, but not for long."""
+        """Go on with another tier below, for other names. The old one is the caller's to close."""
         assert self.below is not None
-        old = self.below.tier
         self.below.replace(tier)
-        old.close()
 
     def clear_below(self) -> Future[int] | None:
         """Empty the tier below. The future tells when, and how many pages it had; None: there is no such tier."""
@@ -447,16 +467,23 @@ class Engine:
         self.host.forget_what_is_below()
         return self.below.tier.clear()
 
-    def stand_down(self) -> None:
+    def stand_down(self) -> bool:
         """The ranks have come to disagree: taint, and end what is under way below by this rank's own knowledge.
 
-        Blocks until the tier has ended it. If the tier hangs as well, its slots are lost to all agreement: then the
-        taint is for good.
+        Blocks until the tier has ended it. False: it hangs as well. If it does on any rank, all have to `retire`.
         """
         self.taint()
         self.has_decided = False
+        self.digest = 0
+        return self.below is None or self.below.settle(STAND_DOWN_S)
+
+    def retire(self) -> None:
+        """Slots are lost to all agreement: tainted for good, and nothing is asked of the tier below any more."""
+        self._is_retired = True
         if self.below is not None:
-            self._is_lost = not self.below.settle(STAND_DOWN_S)
+            self.host.linger(self.below.fetches.detach())
+            self.below.spills.detach()
+            self.below = None
 
     def close(self) -> None:
         """Close the tier below. Blocks; what it has under way ends or is given up."""
@@ -468,7 +495,7 @@ class Engine:
         """Raises AssertionError that names what is broken. Scans everything: for tests and debugging."""
         self.index.check_invariants()
         self.host.check_invariants()
-        leased = sum(len(ticket.rows) for ticket in self._tickets)
+        leased = len(set().union(*(ticket.rows.tolist() for ticket in self._tickets)))
         assert leased == self._n_leased, f"tickets lease {leased} rows, counted {self._n_leased}"
         if self.below is not None:
             self.below.check_invariants()

@@ -1,21 +1,23 @@
 """Pages on their way up: what waiting requests lack in host memory, and a lower tier may have.
 
-A fetch goes through two lines, each in the order in which requests arrived:
+A fetch goes through three lines, each in the order in which requests arrived:
 
     probing    the tier has been asked how many of the pages it holds; nothing is reserved yet
+    found      it has told; the fetch waits for its turn, and for room
     loading    slots are taken and leased, their pages INCOMING, and the tier fills them
 
 The answers come from threads and disks, so each rank of a server sees them at another time, and a disk may answer one
-rank less than another. Nothing follows from them here. A rank reports what it sees of the head of both lines as pairs
-of numbers, (settled, good); the minimum of each over the ranks is what all of them follow. So every rank starts the
-same fetches at the same call, in the same slots, and takes the same pages as landed. The lines change by calls that all
-ranks make, so a pair means the same fetch on all of them.
+rank less than another. Nothing follows from them here. A rank reports what it sees of the first and of the last line
+as pairs of numbers, (settled, good); the minimum of each over the ranks is what all of them follow. So every rank
+starts the same fetches at the same call, in the same slots, and takes the same pages as landed. The lines change by
+calls that all ranks make, so a pair means the same fetch on all of them.
 
 Two fetches never load one page: a page that is INCOMING is held, and a fetch starts behind what is held. It starts
 below a page that is resident only, so that what has landed can be reached from the root.
 
-Slots that a disk may still write are nobody's until it is done, whatever has happened to their pages: `detach` leaves
-them with their fetch, which gives them back when the tier says so.
+A load that takes too long is given up: its pages are as if they had never been there, so that they can be computed and
+kept. Slots that a disk may still write are nobody's until it is done, whatever has happened to their pages: they linger
+with their fetch, which gives them back when the tier says so.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ import numpy as np
 from hicache.host import HostTier, Slots
 from hicache.stats import Stats
 from hicache.tier import Batch, Tier, answer_of, batches
+from hicache.waits import Waits
 from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 
 N_REPORTED = 8
-"""Of each line the first so many are reported; of the second, there are no more."""
+"""Of the probing, the first so many are reported; of the loading, there are no more."""
 
-REPORT_SIZE = 2 * 2 * N_REPORTED
-"""Numbers in a report: a pair for each place in both lines."""
+REPORT_SIZE = 1 + 2 * 2 * N_REPORTED
+"""Numbers in a report: how many loads are overdue, and a pair for each place in both lines."""
 
 NO_ROWS: Rows = np.empty(0, dtype=np.int32)
 
@@ -55,6 +58,10 @@ class Fetch:
     n_in_hbm: int
     """How many of the first pages HBM has now: not worth a fetch by themselves."""
     probe: Future[int]
+    n_found: int = 0
+    """How many pages all ranks are to fetch, of those that the tier has."""
+    is_declined: bool = False
+    """On this rank: not worth it."""
     start: int = 0
     rows: Rows = field(default_factory=lambda: NO_ROWS)
     slots: Slots = field(default_factory=lambda: NO_ROWS)
@@ -62,7 +69,8 @@ class Fetch:
     """Of each batch, where it ends in `rows`, and the tier's answer."""
     n_landed: int = 0
     is_over: bool = False
-    is_detached: bool = False
+    lingering: Slots | None = None
+    """Slots that the tier may still write, of pages that have been given up."""
     _n_seen: int = 0
     _n_settled: int = 0
     _n_good: int = 0
@@ -82,10 +90,20 @@ class Fetches:
     """See the module's text. One thread, that of the engine.
 
     max_pages: how many slots may be on their way up at a time. batch_pages: the most that one call of the tier loads.
+    timeout_s, clock: how long a load may take, and by what clock.
     """
 
     def __init__(
-        self, tier: Tier, index: Index, host: HostTier, stats: Stats, *, max_pages: int, batch_pages: int
+        self,
+        tier: Tier,
+        index: Index,
+        host: HostTier,
+        stats: Stats,
+        *,
+        max_pages: int,
+        batch_pages: int,
+        timeout_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self.tier = tier
         self._index = index
@@ -94,11 +112,14 @@ class Fetches:
         self._max_pages = max(1, max_pages)
         self._batch_pages = batch_pages
         self._probing: dict[Fetch, None] = {}
+        self._found: dict[Fetch, None] = {}
         self._loading: dict[Fetch, None] = {}
+        self._ageing: Waits[Fetch] = Waits(timeout_s, clock)
         self._n_loading_pages = 0
+        self.n_ended = 0
 
     def __len__(self) -> int:
-        return len(self._probing) + len(self._loading)
+        return len(self._probing) + len(self._found) + len(self._loading)
 
     def open(self, keys: bytes, parent: bytes | None, depth: int, n_in_hbm: int) -> Fetch:
         """Ask the tier for these pages. The fetch `is_over` when there is nothing more to wait for."""
@@ -108,11 +129,12 @@ class Fetches:
 
     def drop(self, fetch: Fetch) -> None:
         """Nobody waits for it any more: forget it, unless it is loading, which others may profit from."""
-        if fetch in self._probing:
+        if fetch not in self._loading:
             self._end(fetch)
 
     def drop_all(self) -> None:
-        for fetch in tuple(self._probing):
+        """As `drop`, for all."""
+        for fetch in (*self._probing, *self._found):
             self._end(fetch)
 
     # ---- what ranks agree on ----
@@ -120,11 +142,11 @@ class Fetches:
     def report(self, is_worth: Callable[[Fetch, int], bool]) -> list[int]:
         """What this rank sees, as `REPORT_SIZE` numbers. Never blocks.
 
-        is_worth: whether a fetch of so many pages should be made; the rank that decides says so by what it has found.
+        is_worth: whether this rank would fetch so many pages. If one of the ranks would not, none does.
         """
-        probes = [_seen_of_probe(fetch, is_worth) for fetch in islice(self._probing, N_REPORTED)]
+        probes = [self._seen_of_probe(fetch, is_worth) for fetch in islice(self._probing, N_REPORTED)]
         loads = [fetch.seen() for fetch in self._loading]
-        numbers: list[int] = []
+        numbers = [self._ageing.n_overdue()]
         for line in (probes, loads):
             padded = line + [(0, 0)] * (N_REPORTED - len(line))
             numbers.extend(number for pair in padded for number in pair)
@@ -132,11 +154,30 @@ class Fetches:
 
     def follow(self, agreed: Sequence[int]) -> list[Fetch]:
         """Act on the minima over all ranks of their reports. Returns the fetches that have started to load."""
-        pairs = list(zip(agreed[::2], agreed[1::2], strict=True))
+        n_overdue, *numbers = agreed
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
         for fetch, (n_settled, n_good) in zip(tuple(self._loading), pairs[N_REPORTED:], strict=False):
             self._advance(fetch, n_settled, n_good)
-        probed = zip(tuple(self._probing), pairs[:N_REPORTED], strict=False)
-        return [fetch for fetch, (settled, n_found) in probed if settled and self._try_start(fetch, n_found)]
+        for fetch in self._ageing.expire(n_overdue):
+            self._give_up(fetch)
+        for fetch, (settled, n_found) in zip(tuple(self._probing), pairs[:N_REPORTED], strict=False):
+            if settled and n_found == 0:
+                self._end(fetch)
+            elif settled:
+                del self._probing[fetch]
+                self._found[fetch] = None
+                fetch.n_found = n_found
+        return self._start_found()
+
+    def _seen_of_probe(self, fetch: Fetch, is_worth: Callable[[Fetch, int], bool]) -> tuple[int, int]:
+        if not fetch.probe.done():
+            return 0, 0
+        n_found = answer_of(fetch.probe)
+        if n_found and not is_worth(fetch, n_found):
+            self._stats.fetches_declined += not fetch.is_declined
+            fetch.is_declined = True
+            n_found = 0
+        return 1, n_found
 
     def futures(self) -> list[Future[int]]:
         """Of the loads that are under way."""
@@ -149,22 +190,28 @@ class Fetches:
             self._advance(fetch, *fetch.seen())
         return not self._loading
 
-    # ---- a fetch ----
+    def _start_found(self) -> list[Fetch]:
+        """Start those whose turn it is, until one has no room. Returns them."""
+        started = []
+        for fetch in tuple(self._found):
+            rows = self._index.match(fetch.keys[: fetch.n_found * KEY_NBYTES])
+            is_held = self._host.held(rows)
+            n_held = true_prefix(is_held)
+            above = self._row_above(fetch, rows[:n_held])
+            if fetch.n_found <= max(n_held, fetch.n_in_hbm) or above is None:
+                self._end(fetch)
+                continue
+            if self._is_arriving(above):
+                continue
+            n_pages = min(fetch.n_found - n_held, self._max_pages)
+            if not self._has_room(n_pages):
+                break
+            held_again = np.flatnonzero(is_held[n_held:])
+            if self._start(fetch, n_held, min([n_pages, *held_again[:1].tolist()]), above):
+                started.append(fetch)
+        return started
 
-    def _try_start(self, fetch: Fetch, n_found: int) -> bool:
-        """Start a fetch of which the tier has `n_found` pages, or end it, or leave it in line until there is room."""
-        rows = self._index.match(fetch.keys[: n_found * KEY_NBYTES])
-        is_held = self._host.held(rows)
-        n_held = true_prefix(is_held)
-        above = self._row_above(fetch, rows[:n_held])
-        if n_found <= max(n_held, fetch.n_in_hbm) or above is None:
-            self._end(fetch)
-            return False
-        n_pages = min(n_found - n_held, self._max_pages)
-        if self._is_arriving(above) or not self._has_room(n_pages):
-            return False
-        held_again = np.flatnonzero(is_held[n_held:])
-        return self._start(fetch, n_held, min([n_pages, *held_again[:1].tolist()]), above)
+    # ---- a fetch ----
 
     def _is_arriving(self, row: int) -> bool:
         return row != ROOT and bool(self._index.states(np.array([row], np.int32), HOST)[0] == State.INCOMING)
@@ -199,8 +246,9 @@ class Fetches:
         if not len(admitted):
             self._end(fetch)
             return False
-        del self._probing[fetch]
+        del self._found[fetch]
         self._loading[fetch] = None
+        self._ageing.add(fetch)
         self._n_loading_pages += len(admitted)
         fetch.start = fetch.depth + first
         fetch.rows, fetch.slots = admitted, self._host.slots(admitted)
@@ -209,14 +257,14 @@ class Fetches:
         return True
 
     def _advance(self, fetch: Fetch, n_settled: int, n_good: int) -> None:
-        if not fetch.is_detached and n_good > fetch.n_landed:
+        if fetch.lingering is None and n_good > fetch.n_landed:
             self._host.land(fetch.rows[fetch.n_landed : n_good], stored_below=True)
             self._stats.fetched += n_good - fetch.n_landed
             fetch.n_landed = n_good
         if n_settled < len(fetch.slots):
             return
-        if fetch.is_detached:
-            self._host.end_lingering(fetch.slots)
+        if fetch.lingering is not None:
+            self._host.end_lingering(fetch.lingering)
         else:
             self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
             self._host.abandon(fetch.rows[fetch.n_landed :])
@@ -224,35 +272,42 @@ class Fetches:
         self._n_loading_pages -= len(fetch.slots)
         self._end(fetch)
 
+    def _give_up(self, fetch: Fetch) -> None:
+        """What has not landed will not; nobody waits for it any more. Its slots linger until the tier is done."""
+        self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
+        self._host.linger(self._detach(fetch))
+        fetch.is_over = True
+        self.n_ended += 1
+
+    def _detach(self, fetch: Fetch) -> Slots:
+        """Drop the pages that have not landed. Returns their slots."""
+        self._index.abort(fetch.rows[fetch.n_landed :], HOST)
+        self._index.release(fetch.rows)
+        self._ageing.discard(fetch)
+        fetch.lingering = fetch.slots[fetch.n_landed :]
+        return fetch.lingering
+
     def _end(self, fetch: Fetch) -> None:
         self._probing.pop(fetch, None)
+        self._found.pop(fetch, None)
         self._loading.pop(fetch, None)
+        self._ageing.discard(fetch)
         fetch.is_over = True
+        self.n_ended += 1
 
     # ---- life ----
 
     def detach(self) -> Slots:
-        """The pages of all fetches are dropped. Returns the slots that the tier may still write; they stay theirs."""
+        """The pages of all fetches are dropped. Returns the slots that the tier may still write, which linger."""
         self.drop_all()
-        for fetch in self._loading:
-            if not fetch.is_detached:
-                self._index.abort(fetch.rows[fetch.n_landed :], HOST)
-                self._index.release(fetch.rows)
-                fetch.is_detached = True
-        return np.concatenate([NO_ROWS, *(fetch.slots for fetch in self._loading)])
+        lingering = [self._detach(fetch) if fetch.lingering is None else fetch.lingering for fetch in self._loading]
+        return np.concatenate([NO_ROWS, *lingering])
 
     def check_invariants(self) -> None:
         """Raises AssertionError that names what is broken."""
         n_pages = sum(len(fetch.slots) for fetch in self._loading)
         assert n_pages == self._n_loading_pages, f"{n_pages} pages are loading, counted {self._n_loading_pages}"
         assert len(self._loading) <= N_REPORTED, "more fetches are loading than can be reported"
-
-
-def _seen_of_probe(fetch: Fetch, is_worth: Callable[[Fetch, int], bool]) -> tuple[int, int]:
-    if not fetch.probe.done():
-        return 0, 0
-    n_found = answer_of(fetch.probe)
-    return 1, n_found if n_found and is_worth(fetch, n_found) else 0
 
 
 def true_prefix(flags: np.ndarray) -> int:

@@ -32,6 +32,8 @@ class HostTier:
         self._index = index
         self._free = SlotAllocator(n_slots)
         self._stats = stats
+        self.n_arrivals = 0
+        """Times that pages on their way in have landed or were given up."""
         self._stored_below = np.zeros(n_slots, dtype=np.bool_)
         self._lingering = np.zeros(n_slots, dtype=np.int32)
         """How many reads and writes of a lower tier still hold a slot that has lost its page."""
@@ -57,11 +59,13 @@ class HostTier:
 
     def land(self, rows: Rows, *, stored_below: bool = False) -> None:
         """The bytes of these incoming pages are in their slots. stored_below: they came from a lower tier."""
+        self.n_arrivals += 1
         self._index.commit(rows, HOST)
         self.mark_stored_below(rows, stored_below)
 
     def abandon(self, rows: Rows) -> None:
         """The bytes of these incoming pages will not come: their slots are free again."""
+        self.n_arrivals += 1
         self._free.give(self._index.abort(rows, HOST))
 
     def slots(self, rows: Rows) -> Slots:
@@ -80,6 +84,11 @@ class HostTier:
     def mark_stored_below(self, rows: Rows, stored: bool) -> None:
         """Remember that of pages that are held."""
         self._stored_below[self.slots(rows)] = stored
+
+    def linger(self, slots: Slots) -> None:
+        """These slots have lost their pages while a lower tier writes them."""
+        self.n_arrivals += 1
+        self._lingering[slots] += 1
 
     def forget_what_is_below(self) -> None:
         """The lower tier has been emptied."""

@@ -4,18 +4,20 @@ A spill leases its pages until the tier has ended with them, because their bytes
 what is pending is bounded, and beyond the bound pages are skipped and counted: the server never waits for a disk.
 
 Nothing is lost by a skip but time. A page is stored only below a parent that is stored, so each offer begins at the
-first page of its path that is not known to be below; what was skipped, or failed, goes with the next offer of its path.
+first page of its path that is not known to be below; what was skipped goes with the next offer of its path. When a
+spill fails, nothing of its path is taken to be below any more: the tier may have dropped the parent. It answers for
+what it has without writing it again.
 
-As copies do, spills end in their order, and are taken as ended when they have ended on every rank.
+Spills end in their order. A rank reports how the first of them have ended on it, and the least of all ranks counts.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice
 
 import numpy as np
 
@@ -24,6 +26,12 @@ from hicache.host import HostTier, Slots
 from hicache.stats import Stats
 from hicache.tier import Batch, Tier, answer_of, batches
 from radix import HOST, Index, Rows, State
+
+N_REPORTED = 8
+"""So many can end in one iteration, however they end."""
+
+UNDER_WAY, FAILED, STORED = range(3)
+"""How a spill is, in a report: the worse, the less."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,8 +42,10 @@ class _Spill:
     is_detached: bool = False
 
     @property
-    def is_stored(self) -> bool:
-        return self.future.done() and answer_of(self.future) == len(self.slots)
+    def state(self) -> int:
+        if not self.future.done():
+            return UNDER_WAY
+        return STORED if answer_of(self.future) == len(self.slots) else FAILED
 
 
 class Spills:
@@ -85,18 +95,17 @@ class Spills:
 
     # ---- what ranks agree on ----
 
-    def report(self) -> tuple[int, int]:
-        """Of the spills at the head of the line: how many have ended on this rank, and how many well. Never blocks."""
-        n_ended = sum(1 for _ in takewhile(lambda spill: spill.future.done(), self._line))
-        n_stored = sum(1 for _ in takewhile(lambda spill: spill.is_stored, self._line))
-        return n_ended, n_stored
+    def report(self) -> list[int]:
+        """How the first `N_REPORTED` spills are on this rank, as so many numbers. Never blocks."""
+        states = [spill.state for spill in islice(self._line, N_REPORTED)]
+        return states + [UNDER_WAY] * (N_REPORTED - len(states))
 
-    def follow(self, n_ended: int, n_stored: int) -> None:
-        """Act on the minima over all ranks. A spill that has ended, but not well everywhere, has failed."""
-        for _ in range(n_stored):
-            self._end(is_stored=True)
-        if n_ended > n_stored:
-            self._end(is_stored=False)
+    def follow(self, agreed: Sequence[int]) -> None:
+        """Act on the minima over all ranks of their reports: whatever has ended, up to the first that has not."""
+        for state in agreed:
+            if state == UNDER_WAY:
+                break
+            self._end(is_stored=state == STORED)
 
     def futures(self) -> list[Future[int]]:
         """Of the stores that are under way."""
@@ -104,8 +113,8 @@ class Spills:
 
     def settle(self) -> bool:
         """End by this rank's own knowledge what the tier has ended. Returns whether that is everything."""
-        while self._line and self._line[0].future.done():
-            self._end(is_stored=self._line[0].is_stored)
+        while self._line and self._line[0].state != UNDER_WAY:
+            self._end(is_stored=self._line[0].state == STORED)
         return not self._line
 
     def _end(self, *, is_stored: bool) -> None:
@@ -119,7 +128,8 @@ class Spills:
             self._host.end_lingering(spill.slots)
             return
         if not is_stored:
-            self._host.mark_stored_below(spill.rows, False)
+            path = self._index.path(int(spill.rows[-1]))
+            self._host.mark_stored_below(path[self._host.held(path)], False)
         self._index.release(spill.rows)
 
     # ---- life ----

@@ -34,6 +34,7 @@ class Ticket:
     prefill: Prefill
     fetch: Fetch | None = None
     """What it wants from a lower tier. Kept when it is over."""
+    has_leased_fetched: bool = False
     verdict: Verdict = Verdict.GO
 
     @property
@@ -42,7 +43,8 @@ class Ticket:
 
     @property
     def fetched(self) -> tuple[int, int]:
-        """The half-open range of pages, counted from the root, that its fetch has brought into host memory so far."""
+        """The half-open range of pages, from the root, that its fetch has brought so far, and that HBM did not have."""
         if self.fetch is None:
             return 0, 0
-        return self.fetch.start, self.fetch.start + self.fetch.n_landed
+        end = self.fetch.start + self.fetch.n_landed
+        return min(end, max(self.fetch.start, self.fetch.depth + self.fetch.n_in_hbm)), end

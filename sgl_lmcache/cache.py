@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, EvictParams, EvictResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.runtime_context import get_serving
 
 from hicache import UNKNOWN, Engine, Prefill, Ticket, TierError
 from sgl_lmcache.keys import to_blob
@@ -37,7 +36,7 @@ from sgl_lmcache.metrics import TierMetrics
 from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.prefill_clock import PrefillClock
 from sgl_lmcache.ranks import OneRank, Ranks
-from sgl_lmcache.tiers import OpenTier, reopened
+from sgl_lmcache.tiers import NextTier
 from sgl_lmcache.wrapper import TieredLinkerWrapper
 
 if TYPE_CHECKING:
@@ -72,22 +71,32 @@ class TieredRadixCache(UnifiedRadixCache):
         self._ranks: Ranks = OneRank()
         self._in_weight_session = False
         self.namespace: Namespace | None = None
-        self._weight_version: str | None = None
-        self._open_tier: OpenTier | None = None
+        self._weights_have_changed = False
+        self._weights_digest: Callable[[], str] | None = None
+        self._next_tier: NextTier | None = None
         self._prefill_clock: PrefillClock | None = None
         self._metrics = TierMetrics(time.monotonic) if params.enable_metrics else None
         super().__init__(params)
 
-    def attach(self, linker: Linker, namespace: Namespace, ranks: Ranks, *, open_tier: OpenTier | None = None) -> None:
+    def attach(
+        self,
+        linker: Linker,
+        namespace: Namespace,
+        ranks: Ranks,
+        *,
+        weights_digest: Callable[[], str],
+        next_tier: NextTier | None = None,
+    ) -> None:
         """Turn the tiers on. ranks: those that hold shards of the same pages.
 
-        open_tier: opens the tier below host memory, if there is one, for a namespace to come.
+        weights_digest: names the weights as they are now. next_tier: what goes on below host memory in a new namespace;
+        None if there is nothing.
         """
         self._ranks = ranks
-        self._open_tier = open_tier
+        self._weights_digest = weights_digest
+        self._next_tier = next_tier
         self._prefill_clock = PrefillClock(linker.engine.prefill_speed, self.page_size, time.monotonic)
         self.namespace = namespace
-        self._weight_version = get_serving().weight_version
         self.init_cache_linker(linker)
 
     def init_cache_linker(self, cache_linker: Linker) -> None:
@@ -151,7 +160,7 @@ class TieredRadixCache(UnifiedRadixCache):
             return
         self._engine.tick()
         if self._metrics is not None and self._engine.below is not None:
-            self._metrics.publish(self._engine.below.tier)
+            self._metrics.publish(self._engine.below.tier, self._engine.stats)
         if self.linker.cache_linker.is_copying or self._engine.is_pending:
             self._agree()
 
@@ -185,7 +194,10 @@ class TieredRadixCache(UnifiedRadixCache):
         mine = linker.progress()
         self.linker.acknowledge(n_landed=0, n_failed=mine.n_ended)
         linker.end_restores(mine.n_restored)
-        self._engine.stand_down()
+        settled = self._engine.stand_down()
+        if self._ranks.minimum([int(settled)]) == [0]:
+            logger.error("The tier below host memory hangs as well: nothing is kept until the server is started again")
+            self._engine.retire()
 
     def ready_to_load_host_cache(self) -> int:
         if self._prefill_clock is not None:
@@ -295,11 +307,10 @@ class TieredRadixCache(UnifiedRadixCache):
     def reset(self) -> None:
         """`/flush_cache` and weight updates: drops HBM and host memory. Blocks for copies in flight."""
         self._close_tickets()
-        was_tainted = self.linker is not None and self._engine.tainted
         super().reset()
-        if was_tainted and self._in_weight_session:
+        if self._weights_have_changed and self._in_weight_session:
             self._engine.taint()
-        elif was_tainted:
+        elif self._weights_have_changed:
             self._start_namespace()
 
     # ---- weights ----
@@ -310,6 +321,7 @@ class TieredRadixCache(UnifiedRadixCache):
         From here to the next `reset` nothing is promised and nothing is kept.
         """
         if self.linker is not None:
+            self._weights_have_changed = True
             self._engine.taint()
 
     def begin_weight_session(self) -> None:
@@ -325,7 +337,7 @@ class TieredRadixCache(UnifiedRadixCache):
 
         is_idle: no request holds KV.
         """
-        if self.linker is None or self._in_weight_session or not self._engine.tainted:
+        if self.linker is None or self._in_weight_session or not self._weights_have_changed:
             return
         if is_idle and self.evictable_size() + self.protected_size() == 0:
             self._close_tickets()
@@ -337,12 +349,15 @@ class TieredRadixCache(UnifiedRadixCache):
     def _start_namespace(self) -> None:
         """The weights are whole, and everything of the old ones has been dropped."""
         assert self.namespace is not None
-        version = get_serving().weight_version
-        self.namespace = self.namespace.renewed(None if version == self._weight_version else version)
-        self._weight_version = version
+        assert self._weights_digest is not None
+        self._weights_have_changed = False
+        self.namespace = self.namespace.renewed(self._weights_digest())
         logger.info("sgl_lmcache: new weights, namespace %s", self.namespace.digest)
-        if self._open_tier is not None:
-            self._engine.replace_tier(reopened(self._open_tier, self.namespace))
+        below = self._engine.below
+        if self._next_tier is not None and below is not None:
+            if self._metrics is not None:
+                self._metrics.publish(below.tier, self._engine.stats, now=True)
+            self._engine.replace_tier(self._next_tier(self.namespace, below.tier))
 
     def check_invariants(self) -> None:
         """For tests and debugging: everything of ours that can be broken, named. Scans all of it."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from sglang.srt.mem_cache.base_prefix_cache import BasePrefixCache
@@ -32,11 +33,17 @@ from sgl_lmcache.config import Config, from_environment
 from sgl_lmcache.errors import StartError
 from sgl_lmcache.linker import Linker
 from sgl_lmcache.memory import host_capacity
-from sgl_lmcache.namespace import Namespace, adapters_identity, model_identity, scales_identity
+from sgl_lmcache.namespace import (
+    Namespace,
+    adapters_identity,
+    model_identity,
+    scales_identity,
+    weights_digest,
+)
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache.ranks import Ranks, ranks_of
 from sgl_lmcache.refusals import refuse_unsupported
-from sgl_lmcache.tiers import OpenTier, Place, tier_opener
+from sgl_lmcache.tiers import OpenTier, Place, next_tier, tier_opener
 from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout
 from transfer.slab import Slab
@@ -85,7 +92,13 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         max_pending_pages=int(device_pool.n_pages * MAX_PENDING_SHARE),
     )
     cache = _create_cache(ctx)
-    cache.attach(linker, namespace, ranks, open_tier=open_tier)
+    cache.attach(
+        linker,
+        namespace,
+        ranks,
+        weights_digest=partial(weights_digest, ctx.tp_worker.model_runner.model),
+        next_tier=None if open_tier is None else partial(next_tier, open_tier),
+    )
     pool.register_layer_transfer_counter(linker.layer_done_counter)
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
     _log_start(layout, slab, device_pool, namespace)
@@ -190,6 +203,7 @@ def _engine(config: Config, n_slots: int, n_device_pages: int, tier: Tier | None
         tier=tier,
         batch_pages=max(1, BATCH_NBYTES // layout.slot_nbytes),
         fetch_only_if_faster=config.prefetch.policy == "auto",
+        fetch_timeout_s=config.prefetch.timeout,
     )
 
 

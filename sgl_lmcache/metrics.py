@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from hicache import Tier
+from hicache import Stats, Tier
 
 PERIOD_S = 2.0
 """How often the counts are carried over."""
@@ -28,17 +28,18 @@ class Metric:
     label: str = ""
 
 
+SKIPPED = Metric(
+    "sgl_lmcache_skipped_pages",
+    "Pages not written to the tier, by why.",
+    {"pressure": "skipped_pressure", "full": "skipped_full", "no_parent": "orphans"},
+    label="reason",
+)
 COUNTERS = (
     Metric("sgl_lmcache_loaded_pages", "Pages read from the tier, verified.", {"": "loaded"}),
     Metric("sgl_lmcache_stored_pages", "Pages written to the tier.", {"": "stored"}),
     Metric("sgl_lmcache_evicted_pages", "Pages that left the tier to make room.", {"": "evicted"}),
     Metric("sgl_lmcache_corrupt_pages", "Pages found damaged when they were read, and dropped.", {"": "corrupt"}),
-    Metric(
-        "sgl_lmcache_skipped_pages",
-        "Pages not written to the tier, by why.",
-        {"pressure": "skipped_pressure", "full": "skipped_full", "no_parent": "orphans"},
-        label="reason",
-    ),
+    SKIPPED,
     Metric(
         "sgl_lmcache_tier_errors",
         "Operations that the tier's store refused, by what they were.",
@@ -62,7 +63,8 @@ class TierMetrics:
 
     clock: Callable[[], float]
     _due_s: float = 0.0
-    _published: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    _published: dict[tuple[str, str], int] = field(default_factory=dict)
+    _n_skipped: int = 0
     _tier: Tier | None = None
 
     def __post_init__(self) -> None:
@@ -77,10 +79,13 @@ class TierMetrics:
             for name, text in GAUGES.items()
         }
 
-    def publish(self, tier: Tier) -> None:
-        """Once an iteration: does something every `PERIOD_S`. Never blocks."""
+    def publish(self, tier: Tier, engine: Stats, *, now: bool = False) -> None:
+        """Once an iteration: does something every `PERIOD_S`, or `now`. Never blocks.
+
+        engine: what the engine counts. Pages that it did not even offer to the tier were skipped, too.
+        """
         now_s = self.clock()
-        if now_s < self._due_s:
+        if now_s < self._due_s and not now:
             return
         self._due_s = now_s + PERIOD_S
         if tier is not self._tier:  # another one counts from 0
@@ -90,13 +95,14 @@ class TierMetrics:
         for metric in COUNTERS:
             for label, stat in metric.stats.items():
                 self._carry_over(metric, name, label, stats.get(stat, 0))
+        self._counters[SKIPPED.name].labels(name, "pressure").inc(engine.spill_skipped - self._n_skipped)
+        self._n_skipped = engine.spill_skipped
         capacity = tier.capacity()
         self._gauges["sgl_lmcache_tier_available"].labels(name).set(tier.health().available)
         self._gauges["sgl_lmcache_tier_used_bytes"].labels(name).set(capacity.used_nbytes)
         self._gauges["sgl_lmcache_tier_limit_bytes"].labels(name).set(capacity.limit_nbytes)
 
     def _carry_over(self, metric: Metric, tier: str, label: str, count: int) -> None:
-        key = (metric.name, tier, label)
-        new = count - self._published.get(key, 0)
-        self._published[key] = count
-        self._counters[metric.name].labels(tier, *filter(None, [label])).inc(new)
+        new = count - self._published.get((metric.name, label), 0)
+        self._published[metric.name, label] = count
+        self._counters[metric.name].labels(tier, *filter(None, [label])).inc(max(0, new))

@@ -1,12 +1,11 @@
 """The tiers below host memory that the configuration names, opened for one rank and one namespace.
 
 A tier holds the pages of one namespace. New weights start another, so a server may open a tier more than once: at its
-start, where whatever is wrong stops it, and later, where it must not.
+start, where whatever is wrong stops it, and later (`late_tier`), where it must not.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hicache import NullTier, Tier
+from hicache import Tier
 from hicache.ssd import SsdTier, StoreError
 from sgl_lmcache.config import Config
 from sgl_lmcache.config import SsdTier as SsdConfig
 from sgl_lmcache.errors import RefusedError, StartError
+from sgl_lmcache.late_tier import LateTier
 from sgl_lmcache.namespace import Namespace
 
-logger = logging.getLogger(__name__)
-
 OpenTier = Callable[[Namespace], Tier]
+"""Opens a tier for a namespace. Blocks; raises `StartError`."""
+
+NextTier = Callable[[Namespace, Tier], Tier]
+"""What goes on for a new namespace in the place of a tier, which it closes. Neither blocks nor raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +70,9 @@ def _open_ssd(config: Config, ssd: SsdConfig, place: Place, namespace: Namespace
         raise StartError(f"sgl_lmcache: {error}.") from error
 
 
-def reopened(open_tier: OpenTier, namespace: Namespace) -> Tier:
-    """The tier for a namespace that began while the server runs. If it cannot be opened, nothing is kept below."""
-    try:
-        return open_tier(namespace)
-    except StartError as error:
-        logger.error("sgl_lmcache: nothing is kept below host memory from here on: %s", error)
-        return NullTier()
+def next_tier(open_tier: OpenTier, namespace: Namespace, before: Tier) -> Tier:
+    """A `NextTier`, but for its first argument."""
+    return LateTier(before.name, lambda: open_tier(namespace), before)
 
 
 def _server_token() -> str:

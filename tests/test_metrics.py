@@ -10,6 +10,7 @@ import numpy as np
 import prometheus_client
 import pytest
 
+from hicache import Stats
 from hicache.ssd import Counters
 from sgl_lmcache.metrics import COUNTERS, GAUGES, PERIOD_S, TierMetrics
 from tests.support.clock import Clock
@@ -55,37 +56,41 @@ def tier(**counts: int) -> CountingTier:
 def test_counts_are_carried_over_every_now_and_then(metrics: TierMetrics, clock: Clock) -> None:
     one = tier(loaded=3, corrupt=1, orphans=2, read_errors=5)
     clock.now_s = 100.0
-    metrics.publish(one)
+    metrics.publish(one, Stats(spill_skipped=4))
+    assert value("sgl_lmcache_skipped_pages_total", reason="pressure") == 4
     assert value("sgl_lmcache_loaded_pages_total") == 3
     assert value("sgl_lmcache_corrupt_pages_total") == 1
     assert value("sgl_lmcache_skipped_pages_total", reason="no_parent") == 2
     assert value("sgl_lmcache_tier_errors_total", operation="read") == 5
     one.counts = {**one.counts, "loaded": 10}
-    metrics.publish(one)
+    metrics.publish(one, Stats(spill_skipped=4))
     assert value("sgl_lmcache_loaded_pages_total") == 3, "not in each iteration"
     clock.now_s += PERIOD_S
-    metrics.publish(one)
+    metrics.publish(one, Stats(spill_skipped=4))
     assert value("sgl_lmcache_loaded_pages_total") == 10
 
 
 def test_another_tier_counts_on(metrics: TierMetrics, clock: Clock) -> None:
     """New weights bring a store of their own, whose counts begin at 0."""
     clock.now_s = 100.0
-    metrics.publish(tier(stored=7))
+    old = tier(stored=3)
+    metrics.publish(old, Stats())
+    old.counts = {"stored": 7}
+    metrics.publish(old, Stats(), now=True)
     clock.now_s += PERIOD_S
-    metrics.publish(tier(stored=2))
+    metrics.publish(tier(stored=2), Stats())
     assert value("sgl_lmcache_stored_pages_total") == 9
 
 
 def test_a_tier_that_is_given_up_is_seen(metrics: TierMetrics, clock: Clock) -> None:
     one = tier()
     clock.now_s = 100.0
-    metrics.publish(one)
+    metrics.publish(one, Stats(spill_skipped=4))
     assert value("sgl_lmcache_tier_available") == 1
     assert value("sgl_lmcache_tier_limit_bytes") == 4 * 4096
     one.close()
     clock.now_s += PERIOD_S
-    metrics.publish(one)
+    metrics.publish(one, Stats(spill_skipped=4))
     assert value("sgl_lmcache_tier_available") == 0
 
 

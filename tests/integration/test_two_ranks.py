@@ -76,7 +76,9 @@ class TwoRanks:
             open_tier=slow_tiers(below) if below else None,
             batch_pages=2,
         )
-        self.ranks[rank].may_ask = lambda: real.linker.is_copying or real.engine.is_pending
+        self.ranks[rank].may_ask = lambda: (
+            real.linker.is_copying or real.engine.is_pending or real.engine.tainted  # a stand-down asks once more
+        )
         real.cache._all_reduce_attn_groups = partial(self._sglang_reduces, rank)
         assert isinstance(real.copies, SteppedCopies)
         return Scheduler(real, real.copies)

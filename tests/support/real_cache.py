@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
@@ -145,8 +146,10 @@ class RealCache:
             self.linker,
             namespace(),
             ranks or OneRank(),
-            open_tier=None if open_tier is None else partial(open_tier, self.slab),
+            weights_digest=partial(next, (f"{number:032x}" for number in count())),
+            next_tier=None if open_tier is None else self._next_tier,
         )
+        self._open_tier = open_tier
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
 
     # ---- the scheduler's part ----
@@ -252,6 +255,11 @@ class RealCache:
             assert torch.equal(self.pool.v_buffer[layer][slots], (-values - layer).expand(-1, N_HEADS, HEAD_DIM))
 
     # ---- checks ----
+
+    def _next_tier(self, namespace: Namespace, before: Tier) -> Tier:
+        assert self._open_tier is not None
+        before.close()
+        return self._open_tier(self.slab, namespace)
 
     @property
     def tier(self) -> Tier | None:
