@@ -1,8 +1,9 @@
 """Stores: slab slots to file slots, and the queue of those that wait for a thread or for room.
 
-Whoever asks only joins the queue; an I/O thread looks into the books and starts what it can. A batch starts if free slots are there for all of its new pages. Otherwise pages leave, or a segment is added,
-and the batch waits until the keeper has written that down, with all later ones behind it, so that parents go before
-their children. What waits or is being written is bounded in bytes; beyond it a store answers at once that it took less.
+Whoever asks only joins the queue; an I/O thread looks into the books and starts what it can. A batch starts if free
+slots are there for all of its new pages. Otherwise pages leave, or a segment is added, and the batch waits until the
+keeper has written that down, with all later ones behind it, so that parents go before their children. What waits or is
+being written is bounded in bytes; beyond it a store takes less, and answers so.
 
 A page is written once: a batch that has pages which another is just writing waits for that write.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import islice
 from threading import Lock
+from typing import Final
 
 import numpy as np
 
@@ -25,6 +27,9 @@ from hicache.tier import Batch, TierError
 from radix import KEY_NBYTES, Rows, State
 
 _NO_ROWS: Rows = np.empty(0, np.int32)
+
+_MAX_BEHIND: Final = 256
+"""So many waiting batches are looked at to tell how much room will be wanted."""
 
 
 class Storing:
@@ -77,14 +82,23 @@ class Stores:
         return len(self._waiting)
 
     def ask(self, batch: Batch, future: Future[int]) -> None:
-        """Let the batch join the queue, as far as there is room in it. Some ten microseconds."""
+        """Let the batch join the queue, as far as there is room in it; if there is none, it is answered now.
+
+        Some ten microseconds.
+        """
         slot_nbytes = self.slot_nbytes
         with self._queue_lock:
             n_pages = min(len(batch), max(0, self._max_queued_nbytes - self._queued_nbytes) // slot_nbytes)
-            storing = Storing(batch, n_pages, n_pages * slot_nbytes, future)
-            self._queued_nbytes += storing.nbytes
-            self._waiting.append(storing)
-        self._volume.workers.submit([_Starting(self)])
+            if n_pages:
+                storing = Storing(batch, n_pages, n_pages * slot_nbytes, future)
+                self._queued_nbytes += storing.nbytes
+                self._waiting.append(storing)
+        if n_pages:
+            self._volume.workers.submit([_Starting(self)])
+            return
+        with self._volume.lock:
+            self._volume.counters.skipped_pressure += len(batch)
+        future.set_result(0)
 
     def resume(self) -> None:
         """Start what waits, as far as there is room. On an I/O thread or the keeper's."""
@@ -97,10 +111,13 @@ class Stores:
                 if pieces is not None:
                     self._waiting.popleft()
                     self._volume.counters.skipped_pressure += storing.n_skipped
+                is_settled = not storing.n_left  # under this lock: a write that it joins may end right after it
             if pieces is None:
                 self._wake()
                 return
-            self._go(storing, pieces)
+            self._volume.workers.submit(pieces)
+            if is_settled:
+                self._answer([storing])
 
     def withdraw(self) -> None:
         """Answer those that wait: nothing of them is stored."""
@@ -108,20 +125,18 @@ class Stores:
             withdrawn = [self._waiting.popleft() for _ in range(len(self._waiting))]
         for storing in withdrawn:
             self._leave_queue(storing)
-            storing.answer(self._name)
+        self._answer(withdrawn)
 
     def _leave_queue(self, storing: Storing) -> None:
         with self._queue_lock:
             self._queued_nbytes -= storing.nbytes
 
-    @property
-    def _name(self) -> str:
-        return str(self._volume.spec.folder.path)
-
-    def _go(self, storing: Storing, pieces: list[_WritePiece]) -> None:
-        self._volume.workers.submit(pieces)
-        if not pieces and not storing.n_left:
-            storing.answer(self._name)
+    def _answer(self, ended: list[Storing]) -> None:
+        """Each once, without a lock. One that fails, which is a bug, costs no other its answer."""
+        store = str(self._volume.spec.folder.path)
+        for storing in ended:
+            with self._volume.workers.guarded():
+                storing.answer(store)
 
     # ---- under the lock ----
 
@@ -159,7 +174,7 @@ class Stores:
         if pages.n_dying:
             return True
         with self._queue_lock:  # the first is the one that is short
-            n_behind = sum(len(storing.slab_slots) for storing in islice(self._waiting, 1, None))
+            n_behind = sum(len(storing.slab_slots) for storing in islice(self._waiting, 1, _MAX_BEHIND))
         n_evicted = pages.evict(max(n_short, min(n_short + n_behind, pages.n_live // 8)))
         self._volume.counters.evicted += n_evicted
         return n_evicted > 0
@@ -218,8 +233,7 @@ class Stores:
                     ended.append(storing)
         if piece.error:
             self._volume.write_failed(piece.error)
-        for storing in ended:
-            storing.answer(self._name)
+        self._answer(ended)
 
 
 class _Starting(Work):

@@ -10,7 +10,8 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class Workers:
                 (self._reads if work[0].is_read else self._writes).extend(work)
                 self._changed.notify(len(work))
         if stopped:
-            _withdraw(work)
+            self._withdraw(work)
 
     def withdraw(self, *, reads: bool = True, writes: bool = True) -> None:
         """Finish what no thread has taken yet, without running it."""
@@ -109,7 +110,16 @@ class Workers:
             withdrawn = [work for queue in queues for work in queue]
             for queue in queues:
                 queue.clear()
-        _withdraw(withdrawn)
+        self._withdraw(withdrawn)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A bug in here goes into the log and no further."""
+        try:
+            yield
+        except Exception:
+            self.n_crashes += 1
+            logger.exception("sgl_lmcache: an I/O thread of the SSD tier met a bug")
 
     @property
     def n_queued(self) -> tuple[int, int]:
@@ -142,11 +152,8 @@ class Workers:
 
     def _serve(self) -> None:
         while (work := self._take()) is not None:
-            try:
+            with self.guarded():
                 self._run(work)
-            except Exception:
-                self.n_crashes += 1
-                logger.exception("sgl_lmcache: an I/O thread of the SSD tier met a bug")
 
     def _run(self, work: Work) -> None:
         try:
@@ -192,8 +199,8 @@ class Workers:
             if not self._under_way:
                 self._changed.notify_all()
 
-
-def _withdraw(withdrawn: Sequence[Work]) -> None:
-    for work in withdrawn:
-        work.withdrawn = True
-        work.finish()
+    def _withdraw(self, withdrawn: Sequence[Work]) -> None:
+        for work in withdrawn:
+            work.withdrawn = True
+            with self.guarded():
+                work.finish()
