@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, EvictParams, EvictResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_schedule
 
 from hicache import UNKNOWN, Engine, Prefill, Ticket, TierError
 from sgl_lmcache.keys import to_blob
@@ -95,7 +96,8 @@ class TieredRadixCache(UnifiedRadixCache):
         self._ranks = ranks
         self._weights_digest = weights_digest
         self._next_tier = next_tier
-        self._prefill_clock = PrefillClock(linker.engine.prefill_speed, self.page_size, time.monotonic)
+        if not get_schedule().enable_mixed_chunk:  # nobody says how much of such a batch is prefill
+            self._prefill_clock = PrefillClock(linker.engine.prefill_speed, self.page_size, time.monotonic)
         self.namespace = namespace
         self.init_cache_linker(linker)
 

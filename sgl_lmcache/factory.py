@@ -81,7 +81,7 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     n_slots, origin = _agree_on_start(ranks_of(ctx.tp_group.cpu_group), _n_slots(config, layout, device_pool))
     slab = _allocate_slab(n_slots, layout, device_pool)
     namespace = _namespace(ctx, config, layout, origin)
-    open_tier = _tier_opener(config, layout, slab)
+    open_tier = _tier_opener(ctx, config, layout, slab)
     tier = None if open_tier is None else open_tier(namespace)
     linker = Linker(
         _engine(config, n_slots, device_pool.n_pages, tier, layout),
@@ -145,9 +145,9 @@ def _n_local_ranks() -> int:
     return max(1, int(parallel.tp_size * parallel.dp_size // parallel.nnodes))
 
 
-def _tier_opener(config: Config, layout: PageLayout, slab: Slab) -> OpenTier | None:
+def _tier_opener(ctx: TreeCacheBuildContext, config: Config, layout: PageLayout, slab: Slab) -> OpenTier | None:
     parallel, n_local_ranks = get_parallel(), _n_local_ranks()
-    rank = (parallel.dp_rank or 0) * parallel.tp_size + parallel.tp_rank
+    rank = (parallel.dp_rank or 0) * parallel.tp_size + ctx.tp_rank
     return tier_opener(config, Place(rank % n_local_ranks, n_local_ranks, slab.array, layout.page_nbytes))
 
 

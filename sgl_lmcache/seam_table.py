@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-_NAMESPACES = ("context", "device", "disagg", "exec", "lora", "memory", "parallel", "serving", "spec")
+_NAMESPACES = ("context", "device", "disagg", "exec", "lora", "memory", "parallel", "schedule", "serving", "spec")
 _NAMESPACE = "part of the namespace"
 _REFUSALS = "read by our refusals"
 _PREFETCH = (
@@ -93,7 +93,7 @@ _CONFIGURATION = (
         "sglang.srt.mem_cache.cache_init_params.CacheInitParams",
         "read by our factory and refusals",
         *("page_size", "pp_size", "attn_cp_size", "token_to_kv_pool_allocator"),
-        *("mtp_draft_device_pools", "attn_tp_cache_group", "is_eagle"),
+        *("mtp_draft_device_pools", "attn_tp_cache_group", "is_eagle", "enable_metrics"),
     ),
     *_names(
         "sglang.srt.arg_groups.fields.memory.Memory",
@@ -104,8 +104,10 @@ _CONFIGURATION = (
     ),
     *_names("sglang.srt.arg_groups.fields.parallel.Parallel", "counts the ranks", "tp_size", "dp_size", "nnodes"),
     *_names("sglang.srt.arg_groups.fields.parallel.Parallel", _NAMESPACE, "attn_tp_rank", "attn_tp_size"),
+    *_names("sglang.srt.runtime_context.SpawnRanks", "numbers the ranks of a node", "dp_rank"),
+    *_names("sglang.srt.mem_cache.registry.TreeCacheBuildContext", "numbers the ranks of a node", "tp_rank"),
     *_names("sglang.srt.arg_groups.fields.parallel.Parallel", _REFUSALS, "dcp_size"),
-    *_names("sglang.srt.arg_groups.fields.serving.Serving", _NAMESPACE, "weight_version"),
+    *_names("sglang.srt.arg_groups.fields.schedule.Schedule", "spoils what a prefill takes", "enable_mixed_chunk"),
     *_names("sglang.srt.arg_groups.fields.lora.Lora", _NAMESPACE, "lora_paths"),
     *_names("sglang.srt.lora.lora_registry.LoRARef", _NAMESPACE, "lora_path"),
     *_names(
@@ -167,6 +169,8 @@ _CACHE = (
         Seam("is_backuped", "self, node_id", "overridden: every request is told to us"),
         Seam("prefetch_from_storage", _PREFETCH, "overridden: opens a request's ticket"),
         Seam("check_prefetch_progress", "self, request", "overridden: the ticket's verdict"),
+        Seam("pop_prefetch_loaded_span", "self, request", "overridden: what came from below host memory"),
+        Seam("checkpoint", "self, req, *, up_to, **kwargs", "overridden: the end of a prefill"),
         Seam("check_hicache_events", "self", "overridden: our work of each scheduler iteration"),
         Seam("ready_to_load_host_cache", "self", "overridden: starts a batch's restores"),
         Seam("finish_external_linker_loads", "self, reqs", "overridden: a batch's tickets have served"),
@@ -175,7 +179,7 @@ _CACHE = (
         Seam("evict", "self, params", "overridden: unlocks write-backs first"),
         Seam("evict_for_alloc", "self, params, *, allocation_reclaim_satisfied=None", "overridden: as evict"),
         Seam("_evict_device_leaf", "self, node_id, tracker", "overridden: tells the index what HBM loses"),
-        Seam("clear_storage_backend", "self", "overridden: there is nothing below host memory"),
+        Seam("clear_storage_backend", "self", "overridden: empties the tier below host memory"),
         Seam("reset", "self", "overridden: closes all tickets"),
         Seam("evictable_size", "self", "tells whether write-backs must be unlocked"),
         Seam("protected_size", "self", "tells whether HBM is empty"),
@@ -274,7 +278,10 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _CALLERS = (
     _caller(f"{_SCHEDULER}._prefetch_kvcache", "is_backuped", "prefetch_from_storage"),
     _caller(f"{_SCHEDULER}._process_hicache_events", "check_hicache_events"),
-    _caller(f"{_SCHEDULER}._get_new_batch_prefill_raw", "check_prefetch_progress", "ready_to_load_host_cache"),
+    _caller(
+        f"{_SCHEDULER}._get_new_batch_prefill_raw",
+        *("check_prefetch_progress", "pop_prefetch_loaded_span", "ready_to_load_host_cache"),
+    ),
     _caller(f"{_SCHEDULER}.run_batch", "finish_external_linker_loads"),
     _caller(f"{_SCHEDULER}.is_fully_idle", "has_pending_cache_operations"),
     _caller(f"{_SCHEDULER}.release_host_resources", "release_host_resources"),
@@ -347,9 +354,18 @@ _WEIGHTS = (
         for name in (
             *("update_weights_from_disk", "update_weights_from_ipc", "check_weights"),
             *("begin_weight_update", "end_weight_update"),
+            *("release_memory_occupation", "resume_memory_occupation"),
         )
     ),
     *_names(_UPDATER, "tells whether requests hold KV, and leads to our cache", "is_fully_idle", "scheduler"),
+    *_names(_UPDATER, "tells whether the weights have memory", "offload_tags", "memory_saver_adapter"),
+    *_names(_UPDATER, "tells whether a session is open", "_session"),
+    *_names("sglang.srt.constants", "the tag of the weights' memory", "GPU_MEMORY_TYPE_WEIGHTS"),
+    *_names(
+        "sglang.srt.utils.torch_memory_saver_adapter.TorchMemorySaverAdapter",
+        "tells whether memory can be released",
+        "enabled",
+    ),
     *_names(f"{_SCHEDULER}", "leads to our cache", "tree_cache"),
     *_names("sglang.srt.plugins.hook_registry.HookType", "a kind of our hooks", "AFTER"),
     Seam("sglang.srt.managers.io_struct.CheckWeightsReqInput", None, "given to our hook"),
