@@ -1,7 +1,8 @@
 """When to stop asking a disk that fails, and when to ask again.
 
 A breaker is closed while all is well. The first failure opens it: from then on nobody asks. After a second, and then
-after twice as long each time, up to a minute, one trial may tell that the disk is back.
+after twice as long each time, up to a minute, one trial may tell that the disk is back. If it soon fails again, that
+counts as one more trial that failed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Final
 FIRST_RETRY_S: Final = 1.0
 LAST_RETRY_S: Final = 60.0
 
+CALM_S: Final = 180.0
+"""After so long without a failure the first pause is short again."""
+
 
 class Breaker:
     """One kind of access to one store. Any thread may call it; a race between two costs at most one more trial."""
@@ -21,6 +25,7 @@ class Breaker:
         self._reason = ""
         self._pause_s = FIRST_RETRY_S
         self._retry_at_s = 0.0
+        self._closed_at_s = -CALM_S
 
     @property
     def is_open(self) -> bool:
@@ -40,8 +45,9 @@ class Breaker:
         """Open it. Returns False if it was open: then its first reason stands, and it has been told."""
         if self.is_open:
             return False
-        self._pause_s = FIRST_RETRY_S
-        self._retry_at_s = self._clock() + self._pause_s
+        if self._clock() - self._closed_at_s >= CALM_S:
+            self._pause_s = FIRST_RETRY_S / 2
+        self.failed()
         self._reason = reason
         return True
 
@@ -52,4 +58,5 @@ class Breaker:
 
     def close(self) -> None:
         """The trial went well."""
+        self._closed_at_s = self._clock()
         self._reason = ""

@@ -127,7 +127,7 @@ class Fill:
         with self._volume.lock:
             self._volume.counters.map_rejected += len(slots)
         if not self._volume.map.is_damaged:
-            self._volume.map.delete(slots.tolist())
+            self._volume.map.try_delete(slots.tolist())
 
 
 def rebuild_map(volume: Volume) -> None:

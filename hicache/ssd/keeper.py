@@ -36,6 +36,10 @@ ROUND_S: Final = 0.2
 WATCH_S: Final = 2.0
 GROW_AGAIN_S: Final = 30.0
 
+FILL_PAUSE_S: Final = 5e-5
+"""After each step of the fill, so that whoever waits for the interpreter's lock gets it. Steps give it up too, but take
+it back before another thread has been woken."""
+
 _EVERYTHING: Final = 1 << 40
 
 Job = tuple[Callable[[], None], "Future[int]"]
@@ -90,8 +94,7 @@ class Keeper:
             except Exception:
                 self.n_crashes += 1
                 logger.exception("sgl_lmcache: the keeper of the SSD tier met a bug")
-            if pause_s:
-                self._wanted.wait(pause_s)
+            self._wanted.wait(pause_s)
             self._wanted.clear()
         try:
             self._finish()
@@ -111,7 +114,7 @@ class Keeper:
         self._watch()
         if self._fill is not None:
             self._fill_on(self._fill)
-            return 0.0
+            return FILL_PAUSE_S
         self._run(self._late_jobs)
         self._keep_up()
         return ROUND_S
@@ -155,6 +158,8 @@ class Keeper:
                 self._volume.map_failed(RuntimeError("reading it was broken off"))
         except (OSError, sqlite3.Error) as error:
             self._fill = None
+            if isinstance(error, sqlite3.Error) and is_damage(error):
+                self._volume.map.is_damaged = True
             self._volume.map_failed(error)
 
     # ---- commits ----
@@ -296,6 +301,8 @@ class Keeper:
                     volume.try_reads()
                 if volume.writes in due:
                     volume.try_writes()
+                    if volume.map.is_damaged and not volume.is_filling:
+                        rebuild_map(volume)
                 if volume.is_filling:
                     self._fill = Fill(volume).steps()
         except (OSError, sqlite3.Error, StoreError):

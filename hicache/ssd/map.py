@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,7 +40,34 @@ CREATE TABLE IF NOT EXISTS pages(slot INTEGER PRIMARY KEY, key BLOB NOT NULL UNI
 CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
 _COLUMNS: Final = "slot, key, parent, depth, checksum, last_use"
-_DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT)
+_PACKED: Final = np.dtype(
+    [("key", "V32"), ("parent", "V32"), ("depth", ">i8"), ("checksum", ">i8"), ("last_use", ">i8"), ("slot", ">i8")]
+)
+_IS_SOUND: Final = f"""typeof(key) = 'blob' AND length(key) = {KEY_NBYTES}
+    AND typeof(parent) = 'blob' AND length(parent) = {KEY_NBYTES}
+    AND typeof(depth) = 'integer' AND depth BETWEEN 0 AND {2**31 - 1}
+    AND typeof(checksum) = 'integer'
+    AND typeof(last_use) = 'integer' AND last_use >= 0"""
+"""Whether each value has its column's type and length; SQLite gives whatever a damaged file holds."""
+
+_UNSOUND: Final = "f" * 2 * (_PACKED.itemsize - 8)
+"""Stands for the values of a row that is not sound: its depth is -1."""
+
+_PACK: Final = f"""group_concat(CASE WHEN {_IS_SOUND}
+    THEN hex(key) || hex(parent) || printf('%016x%016x%016x', depth, checksum, last_use)
+    ELSE '{_UNSOUND}' END || printf('%016x', slot), '')"""
+"""All rows as one value, `_PACKED` in hex. Fetched one by one, rows stall the other threads: Python's sqlite3 gives the
+interpreter's lock up for every row and takes it back at once, so a thread that waits for it is woken each time in vain,
+and enough tuples start a garbage collection of the whole heap."""
+
+_DISK: Final = (
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_NOMEM,
+)
 
 Int64Array = NDArray[np.int64]
 
@@ -165,6 +192,13 @@ class Map:
     def set_note(self, name: str, value: str | int) -> None:
         self._set_notes({name: value})
 
+    def try_set_note(self, name: str, value: str | int) -> None:
+        """The same, as far as damage allows it."""
+        try:
+            self.set_note(name, value)
+        except sqlite3.Error as error:
+            self._pass_over(error)
+
     def _set_notes(self, notes: Mapping[str, str | int]) -> None:
         self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes.items())
 
@@ -213,6 +247,13 @@ class Map:
         """Forget the rows of these slots, in one transaction: at most `TRANSACTION_ROWS`."""
         self._in_transaction(lambda: self._db.executemany("DELETE FROM pages WHERE slot = ?", zip(slots)))
 
+    def try_delete(self, slots: Sequence[int]) -> None:
+        """The same, as far as damage allows it."""
+        try:
+            self.delete(slots)
+        except sqlite3.Error as error:
+            self._pass_over(error)
+
     def delete_all(self) -> None:
         self._db.execute("DELETE FROM pages")
         self.checkpoint()
@@ -254,7 +295,8 @@ class Map:
             return NO_ROWS, NO_SLOTS
 
     def _select(self, condition: str, *values: int | bytes) -> tuple[PageRows, Int64Array]:
-        return _columns(self._db.execute(f"SELECT {_COLUMNS} FROM pages WHERE {condition}", values))
+        ((packed,),) = self._db.execute(f"SELECT {_PACK} FROM pages WHERE {condition}", values)
+        return _unpacked(packed) if packed else (NO_ROWS, NO_SLOTS)
 
     def page(self, key: bytes) -> PageRows:
         """The row of one page; none if it cannot be read."""
@@ -296,43 +338,26 @@ def delete_map(folder: Path) -> None:
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Whether the file is broken, rather than what it lies on."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
+    """Whether the file is broken, rather than what it lies on: a damaged one gives errors of almost every kind."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+    return code != sqlite3.SQLITE_OK and code not in _DISK
 
 
 def _split(keys: bytes) -> list[bytes]:
     return [keys[at : at + KEY_NBYTES] for at in range(0, len(keys), KEY_NBYTES)]
 
 
-def _columns(rows: Iterable[tuple[object, ...]]) -> tuple[PageRows, Int64Array]:
-    found = list(rows)
-    sound = [row for row in found if _is_sound(row)]
-    unsound = [row[0] for row in found if not _is_sound(row)] if len(sound) < len(found) else []
-    if not sound:
-        return NO_ROWS, np.array(unsound, np.int64)
-    slots, keys, parents, depths, checksums, last_uses = zip(*sound, strict=True)
-    rows_by_column = PageRows(
-        np.array(slots, np.int64),
-        b"".join(keys),
-        b"".join(parents),
-        np.array(depths, np.int64),
-        np.array(checksums, np.int64).view(np.uint64),
-        np.array(last_uses, np.int64),
+def _unpacked(packed: bytes) -> tuple[PageRows, Int64Array]:
+    """The sound rows, and the slots of the others."""
+    rows = np.frombuffer(bytes.fromhex(packed.decode()), _PACKED)
+    is_sound = rows["depth"] >= 0
+    unsound, rows = rows[~is_sound], rows[is_sound]
+    columns = PageRows(
+        rows["slot"].astype(np.int64),
+        rows["key"].tobytes(),
+        rows["parent"].tobytes(),
+        rows["depth"].astype(np.int64),
+        rows["checksum"].astype(np.int64).view(np.uint64),
+        rows["last_use"].astype(np.int64),
     )
-    return rows_by_column, np.array(unsound, np.int64)
-
-
-def _is_sound(row: tuple[object, ...]) -> bool:
-    """Whether each value has its column's type and length; SQLite gives whatever a damaged file holds."""
-    _, key, parent, depth, checksum, last_use = row
-    return (
-        isinstance(key, bytes)
-        and len(key) == KEY_NBYTES
-        and isinstance(parent, bytes)
-        and len(parent) == KEY_NBYTES
-        and isinstance(depth, int)
-        and 0 <= depth < 1 << 31
-        and isinstance(checksum, int)
-        and isinstance(last_use, int)
-        and last_use >= 0
-    )
+    return columns, unsound["slot"].astype(np.int64)

@@ -172,7 +172,8 @@ class Volume:
     def _give_up(self, what: str, *breakers: Breaker) -> None:
         """The first failure is told; what waits for the disk is withdrawn."""
         sentence = f"the store {self.spec.folder.path} {what}"
-        if any([breaker.trip(sentence) for breaker in breakers]):
+        tripped = [breaker for breaker in breakers if breaker.trip(sentence)]
+        if tripped:
             logger.error("sgl_lmcache: SSD tier: %s; going on without it, and trying again", sentence)
         self.workers.withdraw(reads=self.reads in breakers, writes=self.writes in breakers)
 
@@ -208,7 +209,7 @@ class Volume:
         finally:
             system.close(fd)
             system.unlink(path)
-        self.map.set_note("tried_at_tick", self.pages.clock)
+        self.map.try_set_note("tried_at_tick", self.pages.clock)
 
     def try_reads(self) -> None:
         """Read the first block of the data files. Raises OSError. Blocks."""
