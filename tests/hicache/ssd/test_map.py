@@ -1,0 +1,137 @@
+"""What the map reads out of its table, whatever lies in there."""
+
+from __future__ import annotations
+
+import gc
+import sqlite3
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hicache.ssd.map import Identity, Map, PageRows
+from radix import KEY_NBYTES
+from tests.hicache.tier_contract import chain
+from tests.support.tiers import split
+
+IDENTITY = Identity("namespace", 4000, 4096)
+N_SLOTS = 40
+
+Value = None | int | float | str | bytes
+Row = tuple[Value, Value, Value, Value, Value]
+"""Key, parent, depth, checksum, last use."""
+
+INT64 = st.integers(-(2**63), 2**63 - 1)
+NAMES = st.binary(min_size=KEY_NBYTES, max_size=KEY_NBYTES)
+ANYTHING: st.SearchStrategy[Value] = st.one_of(
+    st.none(),
+    INT64,
+    st.sampled_from([-1, 0, 2**31 - 1, 2**31]),
+    st.floats(allow_nan=False),
+    st.sampled_from(["", "12", "x", "a" * KEY_NBYTES, "ä" * (KEY_NBYTES // 2), "a\0b"]),
+    st.binary(max_size=2 * KEY_NBYTES),
+    NAMES,
+)
+SOUND = st.tuples(NAMES, NAMES, st.integers(0, 2**31 - 1), INT64, st.integers(0, 2**63 - 1))
+ROWS = st.one_of(
+    SOUND,
+    SOUND,
+    st.tuples(ANYTHING, ANYTHING, ANYTHING, ANYTHING, ANYTHING),
+    st.builds(lambda row, at, value: (*row[:at], value, *row[at + 1 :]), SOUND, st.integers(0, 4), ANYTHING),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.integers(-5, N_SLOTS + 5), ROWS), st.integers(0, N_SLOTS), st.integers(0, N_SLOTS))
+def test_sound_rows_and_the_slots_of_the_others(rows: dict[int, Row], first: int, end: int) -> None:
+    """Against each row looked at in Python. The table has no constraints here, since a damaged file keeps none."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        lying = write(folder, rows)
+        found_map = Map(folder, IDENTITY)
+        try:
+            found, unsound = found_map.between(first, end)
+            within = {slot: row for slot, row in lying.items() if first <= slot < end}
+            sound = {slot: row for slot, row in within.items() if is_sound(row)}
+            assert by_slot(found) == sound
+            assert sorted(unsound.tolist()) == sorted(within.keys() - sound.keys())
+            for row in sound.values():
+                assert isinstance(row[0], bytes)
+                one = by_slot(found_map.page(row[0]))
+                assert one.items() <= {slot: row for slot, row in lying.items() if is_sound(row)}.items()
+                assert one
+            assert not found_map.is_damaged
+        finally:
+            found_map.close()
+
+
+def test_a_slice_makes_few_objects_for_the_garbage_collector(tmp_path: Path) -> None:
+    """A tuple a row would start a collection of the whole heap from time to time, which every thread waits for."""
+    n_rows = 256
+    keys, parents = chain(n_rows, "path")
+    numbers = np.arange(n_rows)
+    rows = PageRows(numbers, keys, parents, numbers, numbers.astype(np.uint64), numbers)
+    no_slots = np.empty(0, np.int64)
+    found_map = Map(tmp_path, IDENTITY)
+    found_map.apply(no_slots, rows, (no_slots, no_slots), clock=1)
+    gc.collect()
+    gc.disable()
+    try:
+        n_before = gc.get_count()[0]
+        found, _ = found_map.between(0, n_rows)
+        n_made = gc.get_count()[0] - n_before
+    finally:
+        gc.enable()
+        found_map.close()
+    assert len(found) == n_rows
+    assert n_made < n_rows // 4
+
+
+def write(folder: Path, rows: Mapping[int, Row]) -> dict[int, Row]:
+    """A map with these rows. Returns them as they lie there: SQLite turns some numbers into others."""
+    Map(folder, IDENTITY).close()
+    db = sqlite3.connect(folder / "map.db", isolation_level=None)
+    try:
+        db.executescript(
+            """
+            DROP TABLE pages;
+            CREATE TABLE pages(slot INTEGER PRIMARY KEY, key BLOB, parent BLOB, depth INTEGER, checksum INTEGER,
+                last_use INTEGER);
+            """
+        )
+        values = [(slot, *row) for slot, row in rows.items()]
+        db.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?, ?)", values)
+        return {row[0]: row[1:] for row in db.execute("SELECT * FROM pages")}
+    finally:
+        db.close()
+
+
+def is_sound(row: Row) -> bool:
+    key, parent, depth, checksum, last_use = row
+    return (
+        isinstance(key, bytes)
+        and len(key) == KEY_NBYTES
+        and isinstance(parent, bytes)
+        and len(parent) == KEY_NBYTES
+        and isinstance(depth, int)
+        and 0 <= depth < 1 << 31
+        and isinstance(checksum, int)
+        and isinstance(last_use, int)
+        and last_use >= 0
+    )
+
+
+def by_slot(rows: PageRows) -> dict[int, Row]:
+    columns = zip(
+        rows.slots.tolist(),
+        split(rows.keys),
+        split(rows.parents),
+        rows.depths.tolist(),
+        rows.checksums.view("int64").tolist(),
+        rows.last_uses.tolist(),
+        strict=True,
+    )
+    return {row[0]: row[1:] for row in columns}
