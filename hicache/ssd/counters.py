@@ -28,9 +28,9 @@ class Counters:
     orphans: int = 0
     """Not stored because the page above them was not there."""
     read_errors: int = 0
-    """Reads that the disk refused (I/O calls, not pages)."""
+    """Reads that the disk refused: calls that failed together, or the single slots if only some did."""
     write_errors: int = 0
-    """Writes, and makings of room, that the disk refused (I/O calls, not pages)."""
+    """Writes, and makings of room, that the disk refused; counted likewise."""
     map_errors: int = 0
     """Accesses to the map that failed."""
     filled: int = 0

@@ -109,7 +109,7 @@ class _ReadPiece(Work):
     def run(self) -> None:
         loading, span = self._loading, slice(self.first, self.end)
         slab_slots = loading.slab_slots[span]
-        complete = loading.volume.files.read(loading.read.slots[span], slab_slots)
+        complete = loading.volume.read(loading.read.slots[span], slab_slots)
         expected = zip(
             slab_slots.tolist(), loading.seeds[span].tolist(), loading.read.checksums[span].tolist(), strict=True
         )

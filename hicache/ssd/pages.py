@@ -6,9 +6,10 @@ Tier and map both follow from them. A slot is, at any moment, exactly one of
     incoming   given to a page whose bytes are being written; not visible
     resident   holds a page, which can be found and read
     dying      held a page that has left; another may have it when its deletion is in the map, and nobody reads it
+    bad        the disk refuses it; not given away any more
 
-and `free + incoming + resident + dying == slots of the existing segments`. Residency, leases and the order of eviction
-are those of a private `radix.Index`, with the file slots as the slots of its host tier.
+and `free + incoming + resident + dying + bad == slots of the existing segments`. Residency, leases and the order of
+eviction are those of a private `radix.Index`, with the file slots as the slots of its host tier.
 
 What the map has still to learn is kept as flags a slot, not as a list of events: a commit takes what is true at that
 moment, so events cannot overtake each other.
@@ -70,6 +71,7 @@ class Pages:
         self.n_slots = n_slots
         self.n_live = 0
         self.n_dying = 0
+        self.n_bad = 0
         self.clock = 1
         self.index = Index(min(2 * n_slots + 4096, 2**30 - 1), n_tiers=2, policies={HOST: eviction})
         self._free = SlotAllocator(n_slots)
@@ -82,6 +84,7 @@ class Pages:
         self._touched = np.zeros(n_slots, np.bool_)
         self._condemned = np.zeros(n_slots, np.bool_)
         self._lingering = np.zeros(n_slots, np.bool_)
+        self._refused = np.zeros(n_slots, np.bool_)
         self._dying: deque[Slots] = deque()
         self._left: NDArray[np.bool_] | None = None
         """While a fill runs: slots whose pages have left since it began, and those it has freed."""
@@ -219,6 +222,13 @@ class Pages:
 
     # ---- leaving ----
 
+    def spoil(self, slots: Slots) -> None:
+        """The disk refuses these slots, which are being read or written: their pages leave, and none follows them."""
+        self._refused[slots] = True
+        rows = self._row[slots]
+        rows = rows[rows >= 0]
+        self._leave(rows[self.states(rows) == State.RESIDENT])
+
     def delete(self, keys: bytes) -> int:
         """Let these pages leave, in any order. Returns how many were resident. One being written will not be kept."""
         n_left, at = 0, 0
@@ -253,7 +263,9 @@ class Pages:
             self.n_dying += len(slots)
 
     def _give(self, slots: Slots) -> None:
-        self._free.give(np.sort(slots))
+        refused = self._refused[slots]
+        self.n_bad += int(np.count_nonzero(refused))
+        self._free.give(np.sort(slots[~refused]))
 
     # ---- what the map is told ----
 
@@ -282,11 +294,10 @@ class Pages:
         for slots, flags in ((changes.saved.slots, self._unsaved), (changes.touched[0], self._touched)):
             flags[slots[self._row[slots] >= 0]] = True
 
-    def save_all(self) -> None:
-        """The map has been made anew: it knows nothing."""
-        resident = np.flatnonzero(self._row >= 0)
-        states = self.index.states(self._row[resident], HOST)
-        self._unsaved[resident[states == State.RESIDENT]] = True
+    def named(self, first: int, end: int) -> PageRows:
+        """What the map should name in the slots first .. end by now: all that is resident and need not be saved."""
+        slots = first + np.flatnonzero((self._row[first:end] >= 0) & ~self._unsaved[first:end])
+        return self._rows_of(slots[self.index.states(self._row[slots], HOST) == State.RESIDENT])
 
     def _take_dying(self, limit: int) -> Int64Array:
         taken: list[Slots] = []
@@ -391,11 +402,12 @@ class Pages:
         self._free.check_invariants()
         n_incoming = self.index.count(HOST, State.INCOMING)
         n_lingering = int(np.count_nonzero(self._lingering))
-        total = self.n_free + n_incoming + self.n_resident + self.n_dying + n_lingering
+        total = self.n_free + n_incoming + self.n_resident + self.n_dying + n_lingering + self.n_bad
         assert total == self.n_live, (
             f"slots are not conserved: {self.n_free} free + {n_incoming} incoming + {self.n_resident} resident + "
-            f"{self.n_dying + n_lingering} dying is {total}, the segments have {self.n_live}"
+            f"{self.n_dying + n_lingering} dying + {self.n_bad} bad is {total}, the segments have {self.n_live}"
         )
+        assert self.n_bad <= np.count_nonzero(self._refused), "a slot is bad and the disk has not refused it"
         used = np.flatnonzero(self._row >= 0)
         assert np.array_equal(self.index.slots(self._row[used]), used), "a slot's row has another slot"
         assert len(used) == n_incoming + self.n_resident, "a page with a slot is not that slot's"

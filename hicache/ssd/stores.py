@@ -210,18 +210,19 @@ class Stores:
     # ---- on an I/O thread ----
 
     def write(self, piece: _WritePiece) -> None:
-        """Blocks. Raises OSError."""
+        """Blocks. Raises OSError if the disk fails."""
         sums = zip(piece.slab_slots.tolist(), piece.seeds, strict=True)
         piece.checksums = np.array([checksum(self._volume.payload(slot), seed) for slot, seed in sums], np.uint64)
-        self._volume.files.write(piece.file_slots, piece.slab_slots)
+        piece.written = self._volume.write(piece.file_slots, piece.slab_slots)
 
     def ended(self, piece: _WritePiece) -> None:
         with self._volume.lock:
-            if piece.error or piece.withdrawn:
-                self._volume.pages.abort_write(piece.rows)
-            else:
-                self._volume.counters.stored += self._volume.pages.end_write(piece.rows, piece.checksums)
-                self._volume.counters.written_nbytes += piece.nbytes
+            pages, counters, written = self._volume.pages, self._volume.counters, piece.written
+            if not written.all():
+                pages.abort_write(piece.rows[~written])
+            if written.any():
+                counters.stored += pages.end_write(piece.rows[written], piece.checksums[written])
+                counters.written_nbytes += int(np.count_nonzero(written)) * self.slot_nbytes
             for row in piece.rows.tolist():
                 del self._writing[row]
             ended = []
@@ -264,7 +265,8 @@ class _WritePiece(Work):
         self.slab_slots = slab_slots
         self.seeds = page_seeds
         self.nbytes = len(rows) * stores.slot_nbytes
-        self.checksums = np.empty(0, np.uint64)
+        self.checksums = np.zeros(len(rows), np.uint64)
+        self.written = np.zeros(len(rows), np.bool_)
         self.waiters: list[Storing] = []
 
     def run(self) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +25,8 @@ from hicache.ssd.checksum import namespace_seed
 from hicache.ssd.counters import Counters
 from hicache.ssd.directory import StoreFolder
 from hicache.ssd.locks import Lock
-from hicache.ssd.map import Identity, Map
-from hicache.ssd.pages import Pages
+from hicache.ssd.map import Identity, Map, is_damage
+from hicache.ssd.pages import Pages, Slots
 from hicache.ssd.sizes import Geometry
 from hicache.ssd.workers import Workers
 from transfer.files import ALIGNMENT_NBYTES, SegmentFiles, System
@@ -40,9 +42,16 @@ PIECE_PAGES = 64
 """About so much an I/O thread moves before it takes the next piece of work. Writes have fewer threads and no hurry."""
 
 
+_OF_A_SECTOR: Final = frozenset({errno.EIO, errno.ENODATA, errno.EILSEQ})
+"""How a disk refuses a sector. Other errors are of the file system or the way to it."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Spec:
-    """What a store is opened with, again and again if it is deleted under us. See `SsdTier.open`."""
+    """What a store is opened with, again and again if it is deleted under us. See `SsdTier.open`.
+
+    device: the file system that it was on when it was first opened, as `st_dev`; None before that.
+    """
 
     path: Path
     folder: StoreFolder
@@ -52,6 +61,7 @@ class Spec:
     server: str
     eviction: str
     system: System
+    device: int | None = None
 
     @property
     def n_members(self) -> int:
@@ -95,6 +105,9 @@ class Volume:
         self.grow_again_at_s = 0.0
         self.opened = opened
         self.pages = _books(spec, opened)
+        self._suspects: set[int] = set()
+        self._told_bad = False
+        self._probing = threading.Lock()
 
     @property
     def geometry(self) -> Geometry:
@@ -124,6 +137,69 @@ class Volume:
         start = slab_slot * self.geometry.slot_nbytes
         return self.memory[start : start + self.geometry.page_nbytes]
 
+    # ---- bytes ----
+
+    def read(self, file_slots: Slots, slab_slots: Slots) -> NDArray[np.bool_]:
+        """Claimed file slots into the slab. Returns which are whole. Raises OSError if the disk fails. Blocks."""
+        complete = np.zeros(len(file_slots), np.bool_)
+
+        def move(part: slice) -> None:
+            complete[part] = self.files.read(file_slots[part], slab_slots[part])
+
+        refused = self._move(file_slots, move, self.files.try_read)
+        with self.lock:
+            self.counters.read_errors += int(np.count_nonzero(refused))
+        return complete
+
+    def write(self, file_slots: Slots, slab_slots: Slots) -> NDArray[np.bool_]:
+        """The slab into incoming file slots. Returns which were written. Raises OSError if the disk fails. Blocks."""
+
+        def move(part: slice) -> None:
+            self.files.write(file_slots[part], slab_slots[part])
+
+        refused = self._move(file_slots, move, self._try_file)
+        with self.lock:
+            self.counters.write_errors += int(np.count_nonzero(refused))
+        return ~refused
+
+    def _move(self, slots: Slots, move: Callable[[slice], None], try_disk: Callable[[], None]) -> NDArray[np.bool_]:
+        """All together, or if that fails each by itself. Returns which slots the disk refuses: they are bad then.
+
+        Raises OSError if `try_disk` does, or if the disk refuses most of them, unless it has done so before.
+        """
+        refused = np.zeros(len(slots), np.bool_)
+        try:
+            move(slice(0, len(slots)))
+        except OSError as error:
+            if error.errno not in _OF_A_SECTOR:
+                raise
+            for at in range(len(slots)):
+                try:
+                    move(slice(at, at + 1))
+                except OSError as again:
+                    refused[at] = True
+                    if again.errno in _OF_A_SECTOR and not self._are_most(slots[refused].tolist(), len(slots)):
+                        continue
+                    try_disk()
+                    self._suspects.update(slots[refused].tolist())
+                    raise error from again
+            if refused.any():
+                try_disk()
+                self._spoil(slots[refused], error)
+        return refused
+
+    def _are_most(self, refused: list[int], n_slots: int) -> bool:
+        n_known = len(self._suspects.intersection(refused))
+        return 2 * len(refused) > max(2, n_slots) and 2 * n_known < len(refused)
+
+    def _spoil(self, slots: Slots, error: OSError) -> None:
+        with self.lock:
+            self.pages.spoil(slots)
+        if not self._told_bad:
+            self._told_bad = True
+            store = self.spec.folder.path
+            logger.warning("sgl_lmcache: the disk refuses parts of %s, which are used no more: %s", store, error)
+
     # ---- another store in the place of this one ----
 
     def release(self) -> bool:
@@ -144,6 +220,7 @@ class Volume:
         pages = _books(self.spec, opened)
         with self.lock:
             self.opened, self.pages = opened, pages
+        self._suspects.clear()
 
     def replace_map(self, new: Map) -> None:
         self.opened = replace(self.opened, map=new)
@@ -163,6 +240,8 @@ class Volume:
     def map_failed(self, error: Exception) -> None:
         with self.lock:
             self.counters.map_errors += 1
+        if isinstance(error, sqlite3.Error) and is_damage(error):
+            self.map.is_damaged = True
         self._give_up(f"has a map that cannot be used: {error}", self.writes)
 
     def went_away(self, error: Exception) -> None:
@@ -196,24 +275,28 @@ class Volume:
 
     def try_writes(self) -> None:
         """Write, sync, read back and remove a file, and write to the map. Raises OSError, sqlite3.Error. Blocks."""
-        system, path = self.spec.system, self.spec.folder.path / "probe"
-        wanted = os.urandom(ALIGNMENT_NBYTES)
-        fd = system.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        try:
-            found = bytearray(len(wanted))
-            system.pwritev(fd, [memoryview(wanted)], 0)
-            system.fdatasync(fd)
-            system.preadv(fd, [memoryview(found)], 0)
-            if found != wanted:
-                raise OSError(errno.EIO, "what was written did not come back")
-        finally:
-            system.close(fd)
-            system.unlink(path)
+        self._try_file()
         self.map.try_set_note("tried_at_tick", self.pages.clock)
 
     def try_reads(self) -> None:
-        """Read the first block of the data files. Raises OSError. Blocks."""
+        """Read a block of the data files. Raises OSError. Blocks."""
         self.files.try_read()
+
+    def _try_file(self) -> None:
+        system, path = self.spec.system, self.spec.folder.path / "probe"
+        wanted = os.urandom(ALIGNMENT_NBYTES)
+        with self._probing:
+            fd = system.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            try:
+                found = bytearray(len(wanted))
+                system.pwritev(fd, [memoryview(wanted)], 0)
+                system.fdatasync(fd)
+                system.preadv(fd, [memoryview(found)], 0)
+                if found != wanted:
+                    raise OSError(errno.EIO, "what was written did not come back")
+            finally:
+                system.close(fd)
+                system.unlink(path)
 
 
 def _books(spec: Spec, opened: Opened) -> Pages:

@@ -17,6 +17,7 @@ class Disk(System):
     """Real files, with faults. `fail[name]` is the error number that the call of that name answers with.
 
     `short`: reads and writes stop after that many bytes. `no_direct`: where O_DIRECT is refused, `open` or `preadv`.
+    `bad`: offsets in `data.*` of blocks that are refused, by the name of the file.
     `hold()`: reads and writes stay in the call until `let_go()`; `n_held` are there. `calls` counts calls by name.
     """
 
@@ -24,10 +25,12 @@ class Disk(System):
         self.fail: dict[str, int] = {}
         self.short: int | None = None
         self.no_direct: str | None = None
+        self.bad: dict[str, set[int]] = {}
         self.calls: Counter[str] = Counter()
         self._open = threading.Event()
         self._open.set()
         self.n_held = 0
+        self._names: dict[int, str] = {}
 
     def hold(self) -> None:
         self._open.clear()
@@ -44,7 +47,9 @@ class Disk(System):
         if flags & os.O_DIRECT and self.no_direct == "open":
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._called("open")
-        return super().open(path, flags)
+        fd = super().open(path, flags)
+        self._names[fd] = path.name
+        return fd
 
     def fallocate(self, fd: int, nbytes: int) -> None:
         self._called("fallocate")
@@ -55,11 +60,13 @@ class Disk(System):
         self._called("preadv")
         if self.no_direct == "preadv" and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._refuse(fd, buffers, offset)
         return super().preadv(fd, _shortened(buffers, self.short), offset)
 
     def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         self._wait()
         self._called("pwritev")
+        self._refuse(fd, buffers, offset)
         return super().pwritev(fd, _shortened(buffers, self.short), offset)
 
     def fdatasync(self, fd: int) -> None:
@@ -69,6 +76,11 @@ class Disk(System):
     def unlink(self, path: Path) -> None:
         self._called("unlink")
         super().unlink(path)
+
+    def _refuse(self, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+        end = offset + sum(len(buffer) for buffer in buffers)
+        if any(offset <= bad < end for bad in self.bad.get(self._names.get(fd, ""), ())):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _wait(self) -> None:
         self.n_held += 1
