@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from hicache.ssd.map import NO_ROWS, Int64Array, Map, PageRows, delete_map, joined
+from hicache.ssd.map import NO_ROWS, Int64Array, NewMap, PageRows, joined
 from hicache.ssd.pages import ROOT_KEY
 from hicache.ssd.volume import Volume
 from radix import KEY_NBYTES
@@ -28,6 +28,9 @@ SLICE = 256
 """Pages a step: well under a millisecond of Python, and of the lock."""
 
 FREE_SLICE = 1 << 14
+FIRST_LOOK = 16
+"""Pages that are looked up at once, before it is known whether there are any; then twice as many, up to a slice."""
+
 _MAX_ROUNDS = 3
 
 
@@ -51,17 +54,24 @@ class Fill:
     def steps(self) -> Iterator[None]:
         """All of it, in short steps. Raises sqlite3.Error and OSError; begin anew then."""
         volume = self._volume
+        yield from self._touch_memory()
         yield from self._read()
         yield from self._insert()
         yield from self._free()
         yield from self._order()
         if volume.map.is_damaged:
-            rebuild_map(volume)
+            yield from rebuild_map(volume)
         with volume.lock:
             volume.pages.end_fill()
             volume.is_filling = False
 
     # ---- the parts ----
+
+    def _touch_memory(self) -> Iterator[None]:
+        """A first touch takes the system milliseconds, and an assignment of a slice keeps the interpreter's lock."""
+        for column in (self._keys, self._parents, self._checksums, self._last_uses):
+            column.fill(0)
+            yield
 
     def _read(self) -> Iterator[None]:
         for first in range(0, self._n_live, SLICE):
@@ -130,19 +140,27 @@ class Fill:
             self._volume.map.try_delete(slots.tolist())
 
 
-def rebuild_map(volume: Volume) -> None:
-    """Put a new map in the place of a damaged one; commits write it from the books. Raises sqlite3.Error, OSError.
+def rebuild_map(volume: Volume) -> Iterator[None]:
+    """Put a new map, with what the books know, in the place of a damaged one, in short steps.
 
-    The old one is closed first: SQLite deletes a log by its name.
+    Raises sqlite3.Error, OSError; begin anew then. What a commit has still to save is not in it.
     """
-    folder = volume.spec.folder.path
+    folder, identity = volume.spec.folder.path, volume.spec.identity
     volume.map.is_damaged = True
-    volume.map.close()
-    delete_map(folder)
-    volume.replace_map(Map(folder, volume.spec.identity))
-    volume.map.set_note("segment_slots", volume.geometry.segment_slots)
+    new = NewMap(folder)
+    try:
+        for first in range(0, volume.pages.n_live, SLICE):
+            with volume.lock:
+                rows = volume.pages.named(first, first + SLICE)
+            new.add(rows)
+            yield
+        notes = {"segment_slots": volume.geometry.segment_slots, "clock": volume.pages.clock}
+        new.complete(identity.notes() | notes)
+        yield
+        volume.replace_map(new.replace(volume.map, identity))
+    finally:
+        new.close()
     with volume.lock:
-        volume.pages.save_all()
         volume.counters.map_salvaged += 1
     logger.warning("sgl_lmcache: the map of %s was damaged: it is made anew from what could be read", folder)
 
@@ -155,11 +173,13 @@ def look_up(volume: Volume, keys: bytes, *, prefix: bool) -> None:
     with volume.lock:
         n_known = volume.pages.n_found(keys) if prefix else 0
     found: list[PageRows] = []
-    for at in range(KEY_NBYTES * n_known, len(keys), KEY_NBYTES):
-        row = _page(volume, keys[at : at + KEY_NBYTES])
-        if prefix and not len(row):
+    at, n_asked = KEY_NBYTES * n_known, FIRST_LOOK
+    while at < len(keys):
+        asked = keys[at : at + KEY_NBYTES * n_asked]
+        found.append(_pages(volume, asked))
+        if prefix and KEY_NBYTES * len(found[-1]) < len(asked):
             break
-        found.append(row)
+        at, n_asked = at + len(asked), min(2 * n_asked, SLICE)
     rows = joined(found)
     if len(rows):
         rows = joined([*_above(volume, rows.parents[:KEY_NBYTES]), rows])
@@ -169,9 +189,10 @@ def look_up(volume: Volume, keys: bytes, *, prefix: bool) -> None:
                 volume.pages.adopt(rows.take(order[first : first + SLICE]))
 
 
-def _page(volume: Volume, key: bytes) -> PageRows:
-    row = volume.map.page(key)
-    return row if len(row) and row.slots[0] < volume.pages.n_live else NO_ROWS
+def _pages(volume: Volume, keys: bytes) -> PageRows:
+    """The rows of those pages that the map has, in the order of `keys`."""
+    rows = volume.map.pages(keys)
+    return rows.take(np.flatnonzero(rows.slots < volume.pages.n_live))
 
 
 def _above(volume: Volume, key: bytes) -> list[PageRows]:
@@ -180,7 +201,7 @@ def _above(volume: Volume, key: bytes) -> list[PageRows]:
     while key != ROOT_KEY and len(above) <= volume.pages.n_slots:
         with volume.lock:
             is_known = volume.pages.n_found(key) > 0
-        row = NO_ROWS if is_known else _page(volume, key)
+        row = NO_ROWS if is_known else _pages(volume, key)
         if not len(row):
             break
         above.append(row)

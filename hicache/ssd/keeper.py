@@ -62,6 +62,7 @@ class Keeper:
         self._stopping = False
         self._watched_at_s = volume.clock() - WATCH_S
         self._busy_since_s: float | None = None
+        self._is_new_map = False
         self._told_no_room = False
         self._told_buffered = False
         self._thread = threading.Thread(target=self._serve, name="sgl-lmcache-ssd-keeper", daemon=True)
@@ -158,8 +159,6 @@ class Keeper:
                 self._volume.map_failed(RuntimeError("reading it was broken off"))
         except (OSError, sqlite3.Error) as error:
             self._fill = None
-            if isinstance(error, sqlite3.Error) and is_damage(error):
-                self._volume.map.is_damaged = True
             self._volume.map_failed(error)
 
     # ---- commits ----
@@ -198,6 +197,7 @@ class Keeper:
             with volume.lock:
                 volume.pages.uncommitted(changes)
             return self._commit_failed(error)
+        self._is_new_map = False
         with volume.lock:
             volume.pages.committed(changes.deleted)
         return True
@@ -215,12 +215,12 @@ class Keeper:
             gone = error.errno == errno.ESTALE
             (volume.went_away if gone else volume.write_failed)(error)
             return False
-        if not (isinstance(error, sqlite3.Error) and is_damage(error)):
+        if self._is_new_map or not (isinstance(error, sqlite3.Error) and is_damage(error)):
             volume.map_failed(error)
             return False
         try:
             with self._at_disk():
-                rebuild_map(volume)
+                self._rebuild()
         except (OSError, sqlite3.Error) as worse:
             volume.map_failed(worse)
             return False
@@ -302,7 +302,7 @@ class Keeper:
                 if volume.writes in due:
                     volume.try_writes()
                     if volume.map.is_damaged and not volume.is_filling:
-                        rebuild_map(volume)
+                        self._rebuild()
                 if volume.is_filling:
                     self._fill = Fill(volume).steps()
         except (OSError, sqlite3.Error, StoreError):
@@ -321,4 +321,10 @@ class Keeper:
                 raise OSError("something of it is still being read or written")
             volume.renew(open_store(volume.spec))
         elif not volume.map.is_open or (volume.map.is_damaged and not volume.is_filling):
-            rebuild_map(volume)
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Raises sqlite3.Error, OSError. Within `_at_disk`: each step by itself may hang, not all of them together."""
+        for _ in rebuild_map(self._volume):
+            self._busy_since_s = self._volume.clock()
+        self._is_new_map = True

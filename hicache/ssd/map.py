@@ -32,6 +32,7 @@ TRANSACTION_ROWS: Final = 1024
 """At most so many rows change in one transaction; each dirties a page of the table and one of the key index at worst,
 so 8 MiB of log, on top of what the checkpoint before has left."""
 
+_NEW: Final = "map.new"
 _LOG_NBYTES: Final = 4 << 20
 _SMALL_NBYTES: Final = 1 << 20
 _SCHEMA: Final = """
@@ -83,6 +84,14 @@ class Identity:
     namespace: str
     page_nbytes: int
     slot_nbytes: int
+
+    def notes(self) -> dict[str, str | int]:
+        return {
+            "format": FORMAT,
+            "namespace": self.namespace,
+            "page_nbytes": self.page_nbytes,
+            "slot_nbytes": self.slot_nbytes,
+        }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,6 +151,7 @@ class Map:
         self.is_damaged = False
         self.is_open = True
         self.path = folder / "map.db"
+        (folder / _NEW).unlink(missing_ok=True)
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
@@ -163,12 +173,7 @@ class Map:
             raise
 
     def _check(self, identity: Identity) -> None:
-        expected: dict[str, str | int] = {
-            "format": FORMAT,
-            "namespace": identity.namespace,
-            "page_nbytes": identity.page_nbytes,
-            "slot_nbytes": identity.slot_nbytes,
-        }
+        expected = identity.notes()
         if self.note("format") is None and not self.is_damaged:
             self._in_transaction(lambda: self._set_notes(expected))
         for name, value in expected.items():
@@ -200,7 +205,7 @@ class Map:
             self._pass_over(error)
 
     def _set_notes(self, notes: Mapping[str, str | int]) -> None:
-        self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes.items())
+        _note(self._db, notes)
 
     # ---- changes ----
 
@@ -212,16 +217,7 @@ class Map:
 
     def _apply(self, deleted: Int64Array, saved: PageRows, touched: tuple[Int64Array, Int64Array], clock: int) -> None:
         self._db.executemany("DELETE FROM pages WHERE slot = ?", zip(deleted.tolist()))
-        rows = zip(
-            saved.slots.tolist(),
-            _split(saved.keys),
-            _split(saved.parents),
-            saved.depths.tolist(),
-            saved.checksums.view(np.int64).tolist(),
-            saved.last_uses.tolist(),
-            strict=True,
-        )
-        self._db.executemany(f"INSERT OR REPLACE INTO pages({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", rows)
+        _insert(self._db, saved)
         slots, last_uses = touched
         uses = zip(last_uses.tolist(), slots.tolist(), strict=True)
         self._db.executemany("UPDATE pages SET last_use = ? WHERE slot = ?", uses)
@@ -298,18 +294,23 @@ class Map:
         ((packed,),) = self._db.execute(f"SELECT {_PACK} FROM pages WHERE {condition}", values)
         return _unpacked(packed) if packed else (NO_ROWS, NO_SLOTS)
 
-    def page(self, key: bytes) -> PageRows:
-        """The row of one page; none if it cannot be read."""
+    def pages(self, keys: bytes) -> PageRows:
+        """The rows of those of these pages that have one, in the order of `keys`; not those that cannot be read."""
+        asked = _split(keys)
         try:
-            return self._select("key = ?", key)[0]
+            rows, _ = self._select(f"key IN ({', '.join('?' * len(asked))})", *asked)
         except sqlite3.Error as error:
             self._pass_over(error)
-            return NO_ROWS
+            return joined([self.pages(key) for key in asked]) if len(asked) > 1 else NO_ROWS
+        row_of = {key: row for row, key in enumerate(_split(rows.keys))}
+        return rows.take(np.array([row_of[key] for key in asked if key in row_of], np.int64))
 
     # ---- the file ----
 
     def is_in_place(self) -> bool:
-        """Whether the map's path still leads to the file that is open."""
+        """Whether the map's path still leads to the file that is open; of one that is closed nothing is expected."""
+        if not self.is_open:
+            return True
         try:
             return os.path.samestat(os.stat(self.path), self._inode)
         except FileNotFoundError:
@@ -331,10 +332,84 @@ class Map:
         self._db.close()
 
 
+class NewMap:
+    """A map that is written beside the one whose place it will take, so that a crash on the way leaves that one.
+
+    Raises sqlite3.Error, OSError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / _NEW
+        self._path.unlink(missing_ok=True)
+        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        try:
+            for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=OFF", "synchronous=OFF"):
+                self._db.execute(f"PRAGMA {pragma}").close()
+            self._db.executescript(_SCHEMA)
+            self._db.execute("BEGIN IMMEDIATE")
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, rows: PageRows) -> None:
+        _insert(self._db, rows)
+
+    def complete(self, notes: Mapping[str, str | int]) -> None:
+        """After this it is whole, and on the disk."""
+        _note(self._db, notes)
+        self._db.execute("COMMIT")
+        self._db.close()
+        _sync(self._path)
+
+    def replace(self, old: Map, identity: Identity) -> Map:
+        """Close `old`, take its place, and be opened. Should that fail, `old` is closed, and either may lie there."""
+        old.close()
+        _delete_logs(self._folder)  # SQLite would play the old log into the new map
+        os.replace(self._path, old.path)
+        _sync(self._folder)
+        return Map(self._folder, identity)
+
+    def close(self) -> None:
+        """It is not wanted any more, unless it has taken the other's place."""
+        self._db.close()
+
+
 def delete_map(folder: Path) -> None:
     """Remove a map that is not open. Raises OSError."""
-    for name in ("map.db", "map.db-wal", "map.db-shm", "map.db-journal"):
+    (folder / "map.db").unlink(missing_ok=True)
+    _delete_logs(folder)
+
+
+def _delete_logs(folder: Path) -> None:
+    for name in ("map.db-wal", "map.db-shm", "map.db-journal"):
         (folder / name).unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _insert(db: sqlite3.Connection, rows: PageRows) -> None:
+    columns = zip(
+        rows.slots.tolist(),
+        _split(rows.keys),
+        _split(rows.parents),
+        rows.depths.tolist(),
+        rows.checksums.view(np.int64).tolist(),
+        rows.last_uses.tolist(),
+        strict=True,
+    )
+    db.executemany(f"INSERT OR REPLACE INTO pages({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", columns)
+
+
+def _note(db: sqlite3.Connection, notes: Mapping[str, str | int]) -> None:
+    db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", notes.items())
 
 
 def is_damage(error: sqlite3.Error) -> bool:

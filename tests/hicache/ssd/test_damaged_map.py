@@ -11,7 +11,7 @@ import pytest
 
 from hicache.ssd import SsdTier
 from hicache.ssd.breaker import Breaker
-from hicache.ssd.map import Map
+from hicache.ssd.map import Map, NewMap
 from tests.hicache.ssd.stores import Slab, make_slab, open_tier, pages, settle, wait_until
 from tests.support.clock import Clock
 
@@ -145,3 +145,55 @@ def test_a_breaker_that_soon_trips_again_waits_longer() -> None:
     assert [pause_s() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
     clock.now_s += 200
     assert pause_s() == 1
+
+
+@pytest.mark.parametrize("when", ["add", "complete", "replace"])
+def test_a_new_map_that_cannot_be_finished_costs_nothing(
+    case: Case, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    tier = case.open()
+    settle(tier)
+    with monkeypatch.context() as patched:
+        patched.setattr(Map, "apply", failing(sqlite3.SQLITE_CORRUPT))
+        if when == "replace":
+            patched.setattr(Map, "__init__", failing(sqlite3.SQLITE_FULL))
+        else:
+            patched.setattr(NewMap, when, failing(sqlite3.SQLITE_FULL))
+        assert tier.store(pages(10, "new", first_slot=200)).result() == 10
+        wait_until(lambda: not tier.health().available)
+    assert case.n_loaded(tier) == [10] * 6
+    case.clock.now_s += 1.5
+    wait_until(lambda: tier.health().available)
+    case.assert_takes_stores(tier)
+    assert case.n_loaded(tier) == [10] * 6
+    tier.close()
+    tier = case.open()
+    settle(tier)
+    assert case.n_loaded(tier) == [10] * 6
+    assert tier.exists(pages(10, "new").keys).result() == 10
+    assert not list(case.path.rglob("map.new"))
+    tier.close()
+
+
+def test_a_new_map_is_tried_once_by_a_commit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What damages each map at once is left to the trials."""
+    tier = case.open()
+    settle(tier)
+    with monkeypatch.context() as patched:
+        patched.setattr(Map, "apply", failing(sqlite3.SQLITE_CORRUPT))
+        assert tier.store(pages(10, "new", first_slot=200)).result() == 10
+        wait_until(lambda: not tier.health().available)
+        assert tier.stats()["map_salvaged"] == 1
+    case.clock.now_s += 1.5
+    wait_until(lambda: tier.health().available)
+    case.assert_takes_stores(tier)
+    tier.close()
+
+
+def test_a_crash_while_a_new_map_is_made(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written beside the old map is nothing until it has the old one's name."""
+    (case.map.parent / "map.new").write_bytes(b"half of it")
+    tier = case.open()
+    assert case.n_loaded(tier) == [10] * 6
+    tier.close()
+    assert not list(case.path.rglob("map.new"))
