@@ -1,4 +1,5 @@
-"""The I/O threads and their queue: reads before writes, and writes on half of the threads at most.
+"""The I/O threads and their queue: reads before writes, and writes on half of the threads at most. A write that has
+waited for long goes first, on one thread, so that reads without end do not keep stores from the disk.
 
 A piece of work has two halves: `run` moves bytes and may block for as long as the disk likes; `finish` keeps books and
 does not. Work that is withdrawn before a thread has taken it is finished without being run.
@@ -24,6 +25,10 @@ _STALE_S: Final = 60.0
 again."""
 
 
+_PATIENCE_S: Final = 0.5
+"""So long a write waits while there are reads, and no other write is under way."""
+
+
 class Work(ABC):
     """Some neighbouring slots to be read or written. `error` says why they were not, `withdrawn` that nobody tried."""
 
@@ -31,6 +36,7 @@ class Work(ABC):
     nbytes: int
     error: Exception | None = None
     withdrawn: bool = False
+    submitted_at_s: float = 0.0
 
     @abstractmethod
     def run(self) -> None:
@@ -98,6 +104,9 @@ class Workers:
         with self._changed:
             stopped = self._stopped
             if not stopped and work:
+                now_s = self._clock()
+                for piece in work:
+                    piece.submitted_at_s = now_s
                 (self._reads if work[0].is_read else self._writes).extend(work)
                 self._changed.notify(len(work))
         if stopped:
@@ -173,10 +182,16 @@ class Workers:
         """The next piece of work, or None when there will be none."""
         with self._changed:
             while not self._stopped:
-                if self._reads or (self._writes and self._n_writing < self._max_writing):
-                    return self._begin(self._reads.popleft() if self._reads else self._writes.popleft())
+                may_write = self._writes and self._n_writing < self._max_writing
+                if self._reads and not (may_write and self._is_starved()):
+                    return self._begin(self._reads.popleft())
+                if may_write:
+                    return self._begin(self._writes.popleft())
                 self._changed.wait()
         return None
+
+    def _is_starved(self) -> bool:
+        return self._n_writing == 0 and self._clock() - self._writes[0].submitted_at_s > _PATIENCE_S
 
     def _begin(self, work: Work) -> Work:
         now_s = self._clock()
