@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import sqlite3
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -25,7 +27,7 @@ from hicache.ssd.map import TRANSACTION_ROWS, is_damage
 from hicache.ssd.opening import grow, open_store
 from hicache.ssd.pages import Changes
 from hicache.ssd.stores import Stores
-from hicache.ssd.volume import Volume
+from hicache.ssd.volume import Opened, Spec, Volume
 from hicache.tier import TierError
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,9 @@ ROUND_S: Final = 0.2
 
 WATCH_S: Final = 2.0
 GROW_AGAIN_S: Final = 30.0
+
+GROWTH_S: Final = 10.0
+"""Stores wait so long for a new segment. Where its bytes are written one by one, it takes seconds on a healthy disk."""
 
 FILL_PAUSE_S: Final = 5e-5
 """After each step of the fill, so that whoever waits for the interpreter's lock gets it. Steps give it up too, but take
@@ -63,6 +68,7 @@ class Keeper:
         self._watched_at_s = volume.clock() - WATCH_S
         self._busy_since_s: float | None = None
         self._is_new_map = False
+        self._growth: _Growth | None = None
         self._told_no_room = False
         self._told_buffered = False
         self._thread = threading.Thread(target=self._serve, name="sgl-lmcache-ssd-keeper", daemon=True)
@@ -82,8 +88,10 @@ class Keeper:
         """Commit what is left, and end. Returns False if that took too long; it goes on then. Blocks."""
         self._stopping = True
         self._wanted.set()
+        deadline_s = time.monotonic() + timeout_s
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        has_grown = self._growth is None or self._growth.ended(max(0.0, deadline_s - time.monotonic()))
+        return has_grown and not self._thread.is_alive()
 
     # ---- the thread ----
 
@@ -167,11 +175,12 @@ class Keeper:
         """Commit, grow and start what waits, until nothing of it makes room for more."""
         volume = self._volume
         while not volume.writes.is_open:
-            if volume.wants_growth:
+            if volume.wants_growth or self._growth is not None:
                 self._grow()
             self._commit_all()
             self._stores.resume()
-            if not (volume.wants_growth or (self._stores.n_waiting and volume.pages.n_dying)):
+            wants_growth = volume.wants_growth and self._growth is None
+            if not (wants_growth or (self._stores.n_waiting and volume.pages.n_dying)):
                 break
 
     def flush(self) -> int:
@@ -252,28 +261,41 @@ class Keeper:
     def _grow(self) -> None:
         """Another segment; where there is no room for one, the tier goes on with those it has.
 
-        Allocating a large file may take long on a healthy disk, so this is not taken for a hang.
+        The disk may take long over it. Meanwhile the keeper goes its rounds; stores wait for a while, and then make do
+        with slots of pages that leave.
         """
-        volume = self._volume
+        volume, growth = self._volume, self._growth
         volume.wants_growth = False
-        reason = "the directory's capacity is used up"
-        try:
-            grew = grow(volume.spec, volume.opened)
-        except OSError as error:
-            grew, reason = False, str(error)
+        if growth is None:
+            growth = self._growth = _Growth(volume)
+        is_late = volume.clock() - growth.began_at_s > GROWTH_S
+        if not growth.ended(0.0 if is_late else ROUND_S):
+            if is_late:
+                self._stay_small(math.inf, "making room takes the disk long")
+            return
+        self._growth = None
+        if isinstance(growth.error, OSError):
             with volume.lock:
                 volume.counters.write_errors += 1
-        if grew:
+            self._stay_small(volume.clock() + GROW_AGAIN_S, str(growth.error))
+        elif growth.error:
+            raise growth.error
+        elif not growth.grew:
+            self._stay_small(volume.clock() + GROW_AGAIN_S, "the directory's capacity is used up")
+        else:
             self._told_no_room = False
+            volume.grow_again_at_s = 0.0
             for end in range(volume.pages.n_live, volume.files.n_slots, FREE_SLICE):
                 with volume.lock:
                     volume.pages.add_slots(min(end + FREE_SLICE, volume.files.n_slots))
-            return
-        volume.grow_again_at_s = volume.clock() + GROW_AGAIN_S
+            volume.wants_growth = False
+
+    def _stay_small(self, grow_again_at_s: float, reason: str) -> None:
+        self._volume.grow_again_at_s = grow_again_at_s
         if not self._told_no_room:
             self._told_no_room = True
-            store = volume.spec.folder.path
-            logger.warning("sgl_lmcache: %s stays at %s slots: %s", store, f"{volume.files.n_slots:,}", reason)
+            store, n_slots = self._volume.spec.folder.path, self._volume.files.n_slots
+            logger.warning("sgl_lmcache: %s stays at %s slots: %s", store, f"{n_slots:,}", reason)
 
     # ---- the disk's health ----
 
@@ -317,6 +339,9 @@ class Keeper:
         """Replace what is gone or broken: the whole store by an empty one, the map by a new one."""
         volume = self._volume
         if not volume.is_in_place():
+            if self._growth is not None and not self._growth.ended(0.0):
+                raise OSError("a segment of it is still being made")
+            self._growth = None
             if not volume.release():
                 raise OSError("something of it is still being read or written")
             volume.renew(open_store(volume.spec))
@@ -328,3 +353,27 @@ class Keeper:
         for _ in rebuild_map(self._volume):
             self._busy_since_s = self._volume.clock()
         self._is_new_map = True
+
+
+class _Growth:
+    """One more segment, made on a thread of its own. error: why it was not; grew: False as well if the cap forbids it."""
+
+    def __init__(self, volume: Volume) -> None:
+        self.began_at_s = volume.clock()
+        self.grew = False
+        self.error: Exception | None = None
+        self._thread = threading.Thread(
+            target=self._run, args=(volume.spec, volume.opened), name="sgl-lmcache-ssd-growth", daemon=True
+        )
+        self._thread.start()
+
+    def ended(self, timeout_s: float) -> bool:
+        """Blocks for so long at most."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self, spec: Spec, opened: Opened) -> None:
+        try:
+            self.grew = grow(spec, opened)
+        except Exception as error:
+            self.error = error
