@@ -34,6 +34,8 @@ CALL_NBYTES = 4 << 20
 
 IOV_MAX = 1024
 
+_TRIED_SEGMENTS = 4
+
 _FLAGS = os.O_RDWR | os.O_CLOEXEC
 
 _Call = Callable[[int, Sequence[memoryview], int], int]
@@ -78,21 +80,31 @@ class System:
         os.unlink(path)
 
 
+def segment_of(name: str) -> int | None:
+    """Which segment a file of this name is, or None if it cannot be one."""
+    number = name.removeprefix("data.")
+    canonical = name.startswith("data.") and number.isascii() and number.isdecimal() and number == str(int(number))
+    return int(number) if canonical else None
+
+
 class SegmentFiles:
     """The data files of one store.
 
     folder: exists, and is this object's to fill with `data.*`.
     slab: uint8[n_slab_slots, slot_nbytes], C-contiguous and aligned to 4096 bytes; shared, and kept alive by this.
-    segment_slots: slots a file.
+    segment_slots: slots a file. max_segments: how many files there are to be at most.
 
-    Opens the files that are there, up to the first missing one, and restores their length where they were cut; what
-    lies behind a gap is removed. Raises OSError.
+    Opens the files that are there, up to the first missing one, and allocates them in full again where they were cut,
+    or copied with holes; what lies behind a gap is removed, as far as it could be a file of ours. Raises OSError.
     """
 
-    def __init__(self, folder: Path, slab: npt.NDArray[np.uint8], *, segment_slots: int, system: System) -> None:
+    def __init__(
+        self, folder: Path, slab: npt.NDArray[np.uint8], *, segment_slots: int, max_segments: int, system: System
+    ) -> None:
         if slab.shape[1] % ALIGNMENT_NBYTES:
             raise ValueError(f"slots of {slab.shape[1]} bytes are not aligned to {ALIGNMENT_NBYTES}")
         self.segment_slots = segment_slots
+        self.max_segments = max_segments
         self.slot_nbytes = slab.shape[1]
         self.segment_nbytes = segment_slots * self.slot_nbytes
         self.is_direct = True
@@ -163,15 +175,15 @@ class SegmentFiles:
         while self._exists(self.path(self.n_segments)):
             fd = self._open(self.path(self.n_segments), _FLAGS)
             self._fds.append(fd)
-            nbytes = self._system.fstat(fd).st_size
-            if nbytes < self.segment_nbytes:
+            found = self._system.fstat(fd)
+            if min(found.st_size, 512 * found.st_blocks) < self.segment_nbytes:
                 self._system.fallocate(fd, self.segment_nbytes)
-            elif nbytes > self.segment_nbytes:
+            if found.st_size > self.segment_nbytes:
                 self._system.truncate(fd, self.segment_nbytes)
-        for stray in self._folder.glob("data.*"):
-            number = stray.name.removeprefix("data.")
-            if number.isdecimal() and int(number) >= self.n_segments:
-                self._system.unlink(stray)
+        for name in os.listdir(self._folder):
+            segment = segment_of(name)
+            if segment is not None and self.n_segments <= segment < self.max_segments:
+                self._system.unlink(self._folder / name)
 
     def _exists(self, path: Path) -> bool:
         try:
@@ -191,9 +203,9 @@ class SegmentFiles:
         return self._system.open(path, flags)
 
     def _go_buffered(self) -> None:
-        for fd in self._fds:
-            self._system.set_buffered(fd)
         self.is_direct = False
+        for fd in tuple(self._fds):
+            self._system.set_buffered(fd)
 
     # ---- bytes ----
 
@@ -210,10 +222,22 @@ class SegmentFiles:
         return complete
 
     def try_read(self) -> None:
-        """Read the first block of the first segment, if there is one, into memory of its own. Raises OSError."""
-        if self._fds:
-            with mmap.mmap(-1, ALIGNMENT_NBYTES) as aligned, memoryview(aligned) as block:
-                self._system.preadv(self._fds[0], [block], 0)
+        """Read the first or the last block of a segment, if there is one, into memory of its own.
+
+        Raises OSError if neither block of the first segments can be read.
+        """
+        refused: OSError | None = None
+        with mmap.mmap(-1, ALIGNMENT_NBYTES) as aligned, memoryview(aligned) as block:
+            for fd in self._fds[:_TRIED_SEGMENTS]:
+                for offset in (0, self.segment_nbytes - ALIGNMENT_NBYTES):
+                    try:
+                        self._system.preadv(fd, [block], offset)
+                    except OSError as error:
+                        refused = error
+                    else:
+                        return
+        if refused is not None:
+            raise refused
 
     def write(self, file_slots: Int32Array, slab_slots: Int32Array) -> None:
         """Write `slab_slots[i]` to `file_slots[i]`, whole slots. Blocks likewise. Raises OSError."""
@@ -237,14 +261,15 @@ class SegmentFiles:
         segment, slot = divmod(int(file_slot), self.segment_slots)
         fd, offset = self._fds[segment], slot * self.slot_nbytes
         buffers = self._buffers(slab_slots)
-        wanted, done = len(slab_slots) * self.slot_nbytes, 0
+        wanted, done, is_buffered = len(slab_slots) * self.slot_nbytes, 0, False
         while done < wanted:
             try:
                 moved = call(fd, _after(buffers, done) if done else buffers, offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not self.is_direct:
+                if error.errno != errno.EINVAL or is_buffered:
                     raise
                 self._go_buffered()
+                is_buffered = True
                 continue
             progress = moved if done + moved == wanted else moved // ALIGNMENT_NBYTES * ALIGNMENT_NBYTES
             done += progress

@@ -13,22 +13,25 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Final
 
 from hicache.ssd.locks import StoreError, lock_store
 from hicache.ssd.sizes import MIN_SLOTS, limit_for, slots_within
+from transfer.files import segment_of
 
 logger = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 """Of the map and the data files: one more whenever an old store could be misread."""
 
-_STORE = re.compile(r"r(\d+)of(\d+)-v(\d+)-(\d+)")
+_STORE = re.compile(r"r(0|[1-9]\d{0,9})of([1-9]\d{0,9})-v([1-9]\d{0,9})-([1-9]\d{0,9})")
 _NAMESPACE = re.compile(r"[0-9a-f]{16,128}")
-_OWN_FILE = re.compile(r"lock|map\.db(-wal|-shm|-journal)?|data\.\d+|probe")
+_ALLOWED = re.compile(r"lock|map\.(db|new)(-wal|-shm|-journal)?|probe")
+_told_undeletable: set[Path] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,31 @@ def store_folder(path: Path, namespace: str, member: tuple[int, int], slot_nbyte
 
 def stores_in(path: Path) -> Iterator[StoreFolder]:
     """All folders that are named like stores of ours, of any format."""
-    for namespace in sorted(path.iterdir()):
-        if not _NAMESPACE.fullmatch(namespace.name) or namespace.is_symlink() or not namespace.is_dir():
-            continue
-        for folder in sorted(namespace.iterdir()):
-            match = _STORE.fullmatch(folder.name)
-            if match and not folder.is_symlink() and folder.is_dir():
-                yield StoreFolder(folder, *(int(number) for number in match.groups()))
+    for namespace in _folders_in(path):
+        if _NAMESPACE.fullmatch(namespace.name):
+            for folder in _folders_in(namespace):
+                if match := _STORE.fullmatch(folder.name):
+                    yield StoreFolder(folder, *(int(number) for number in match.groups()))
+
+
+def _folders_in(path: Path) -> list[Path]:
+    """None where they cannot be listed."""
+    try:
+        with os.scandir(path) as found:
+            return sorted(Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return []
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file in a store's folder is the store's, going by its name."""
+    return bool(_ALLOWED.fullmatch(name)) or segment_of(name) is not None
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The data files of a store: `data.0` and the next ones, up to the first that is missing."""
+    found = {name for name in os.listdir(folder) if segment_of(name) is not None}
+    return [folder / f"data.{i}" for i in takewhile(lambda i: f"data.{i}" in found, count())]
 
 
 def used_nbytes(path: Path) -> int:
@@ -81,15 +102,21 @@ def used_nbytes(path: Path) -> int:
     return total
 
 
-def data_nbytes(folder: Path) -> int:
-    """What the data files of one store have allocated."""
-    return sum(512 * status.st_blocks for path in folder.glob("data.*") if (status := _stat(path)))
+def allowed_nbytes(folder: Path) -> int:
+    """What is allocated of that which a store's allowance pays for: its map, log and lock, and the folder itself."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return 0
+    found = [_stat(folder), *(_stat(folder / name) for name in names if _ALLOWED.fullmatch(name))]
+    return sum(512 * status.st_blocks for status in found if status)
 
 
 def _stat(path: Path) -> os.stat_result | None:
+    """None for what is not there, or cannot be looked at."""
     try:
         return path.lstat()
-    except FileNotFoundError:
+    except OSError:
         return None
 
 
@@ -139,34 +166,74 @@ def _refusal(path: Path, error: OSError) -> StoreError:
 
 
 def reclaim(path: Path, own: StoreFolder, wanted_nbytes: int, *, spare_siblings: bool) -> int:
-    """Delete stores that nobody has open until `wanted_nbytes` are free; returns how many are. Raises OSError.
+    """Delete stores that nobody has open until `wanted_nbytes` are free; returns how many are.
 
-    The longest unused goes first. spare_siblings: keep what other ranks of this server may be about to open. The
-    caller holds the directory's growth lock.
+    The longest unused goes first; none goes if all together are not enough. spare_siblings: keep what other ranks of
+    this server may be about to open. The caller holds the directory's growth lock.
+
+    A store that cannot be deleted is told once, and left alone from then on.
     """
     freed = 0
-    stores = [store for store in stores_in(path) if store.path != own.path]
+    stores = [
+        store
+        for store in stores_in(path)
+        if store.path != own.path
+        and store.path not in _told_undeletable
+        and not (spare_siblings and store.is_sibling_of(own))
+    ]
+    if sum(_under_lock(store, _deletable_nbytes) for store in stores) < wanted_nbytes:
+        return 0
     for store in sorted(stores, key=StoreFolder.last_use_s):
         if freed >= wanted_nbytes:
             break
-        if not (spare_siblings and store.is_sibling_of(own)):
-            freed += _delete(store)
+        freed += _under_lock(store, _delete)
     return freed
 
 
-def _delete(store: StoreFolder) -> int:
-    """Returns how many bytes that freed: none if the store is open."""
-    lock = lock_store(store.path)
-    if lock is None:
+def _under_lock(store: StoreFolder, work: Callable[[StoreFolder], int]) -> int:
+    """What `work` returns; 0 if the store is open, or the system refuses."""
+    try:
+        lock = lock_store(store.path)
+        if lock is None:
+            return 0
+        try:
+            return work(store)
+        finally:
+            lock.release()
+    except FileNotFoundError:
         return 0
+    except OSError as error:
+        _tell_undeletable(store, error)
+        return 0
+
+
+def _tell_undeletable(store: StoreFolder, error: OSError) -> None:
+    _told_undeletable.add(store.path)
+    logger.warning("sgl_lmcache: %s, which no server uses, cannot be deleted: %s", store.path, error)
+
+
+def _own_files(store: StoreFolder) -> list[Path]:
+    """The lock last: as long as it is there, nobody else can take the store."""
+    names = [name for name in os.listdir(store.path) if is_own_file(name)]
+    return [store.path / name for name in sorted(names, key=lambda name: (name == "lock", name))]
+
+
+def _deletable_nbytes(store: StoreFolder) -> int:
+    return sum(512 * status.st_blocks for file in _own_files(store) if (status := _stat(file)))
+
+
+def _delete(store: StoreFolder) -> int:
+    """Returns how many bytes that freed. The store is locked."""
     nbytes = used_nbytes(store.path)
-    for file in sorted(store.path.iterdir()):
-        if _OWN_FILE.fullmatch(file.name):
+    try:
+        for file in _own_files(store):
             file.unlink()
+        _remove_if_empty(store.path)
+        _remove_if_empty(store.path.parent)
+    except OSError as error:
+        _tell_undeletable(store, error)
+        return nbytes - used_nbytes(store.path)
     freed = nbytes - used_nbytes(store.path)
-    _remove_if_empty(store.path)
-    _remove_if_empty(store.path.parent)
-    lock.release()
     logger.warning("sgl_lmcache: deleted %s, which no server uses, to make room: %s bytes", store.path, f"{freed:,}")
     return freed
 

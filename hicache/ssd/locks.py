@@ -8,11 +8,15 @@ Both are `flock`s on a file named `lock`, so they end with their process, howeve
 
 Taking the directory: who gets the lock exclusively is first; it writes its server's token and keeps the lock shared.
 Who does not reads the token of those that are there: its own server, or another, which is refused. A lock can be held
-for an instant by somebody who is about to be refused, so a refusal is repeated some times before it is believed.
+for an instant by somebody who is about to be refused, so a refusal is repeated some times before it is believed. The
+same holds for a store: whoever wants its place takes its lock for an instant.
+
+A lock belongs to an open file, which a forked child has too. So it is given up expressly, not by closing the file.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -22,7 +26,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-_N_TRIES: Final = 25
+N_TRIES: Final = 25
+N_GROWTH_TRIES: Final = 250
 _TRY_AGAIN_S: Final = 0.02
 
 
@@ -31,7 +36,7 @@ class StoreError(Exception):
 
 
 class Lock:
-    """An flock that is held. A child process that was forked meanwhile holds it too, and longer."""
+    """An flock that is held. Released, it is free, even if a child process that was forked meanwhile lives on."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self._path = path
@@ -44,7 +49,7 @@ class Lock:
     def release(self) -> None:
         """Releasing it again does nothing."""
         if self._fd is not None:
-            os.close(self._fd)
+            _give_up(self._fd)
             self._fd = None
 
 
@@ -53,19 +58,38 @@ def lock_store(folder: Path) -> Lock | None:
     fd = _open(folder / "lock")
     if _try_flock(fd, fcntl.LOCK_EX) and _leads_to(folder / "lock", fd):
         return Lock(folder / "lock", fd)
-    os.close(fd)
+    _give_up(fd)
     return None
+
+
+def attempts(n: int) -> Iterator[None]:
+    """Goes n times round a loop, with a pause between."""
+    for i in range(n):
+        if i:
+            _pause()
+        yield
+
+
+def _pause() -> None:
+    time.sleep(_TRY_AGAIN_S)
 
 
 @contextmanager
 def growing(path: Path) -> Iterator[None]:
-    """While inside, no other rank counts or takes room in the directory. Blocks, shortly. Raises OSError."""
-    fd = _open(path / "growth.lock")
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    """While inside, no other rank counts or takes room in the directory.
+
+    Blocks, shortly as a rule, for some seconds at most. Raises TimeoutError then, and OSError.
+    """
+    file = path / "growth.lock"
+    for _ in attempts(N_GROWTH_TRIES):
+        fd = _open(file)
+        try:
+            if _try_flock(fd, fcntl.LOCK_EX) and _leads_to(file, fd):
+                yield
+                return
+        finally:
+            _give_up(fd)
+    raise TimeoutError(errno.ETIMEDOUT, "another process keeps it locked", str(file))
 
 
 def lock_directory(path: Path, server: str) -> Lock:
@@ -74,7 +98,7 @@ def lock_directory(path: Path, server: str) -> Lock:
     Raises StoreError, naming it, if another server has the directory; OSError.
     """
     found = ""
-    for _ in range(_N_TRIES):
+    for _ in attempts(N_TRIES):
         fd = _open(path / "lock")
         if _try_flock(fd, fcntl.LOCK_EX):
             os.ftruncate(fd, 0)
@@ -83,8 +107,7 @@ def lock_directory(path: Path, server: str) -> Lock:
             token, _, found = os.pread(fd, 4096, 0).decode(errors="replace").partition("\n")
             if token == server:
                 return Lock(path / "lock", fd)
-        os.close(fd)
-        time.sleep(_TRY_AGAIN_S)
+        _give_up(fd)
     raise StoreError(
         f"{path} is in use by another server ({found.strip() or 'unknown'}): stop it, or give each server a directory "
         f"of its own"
@@ -93,6 +116,11 @@ def lock_directory(path: Path, server: str) -> Lock:
 
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _give_up(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
 
 
 def _try_flock(fd: int, kind: int) -> bool:

@@ -5,13 +5,24 @@ Nothing here reads the pages' rows, so it takes milliseconds whatever the store 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import sqlite3
+from pathlib import Path
 
-from hicache.ssd.directory import check_directory, check_limit, data_nbytes, reclaim, stores_in, used_nbytes
-from hicache.ssd.locks import Lock, StoreError, growing, lock_directory, lock_store
+from hicache.ssd.directory import (
+    allowed_nbytes,
+    check_directory,
+    check_limit,
+    data_files,
+    reclaim,
+    stores_in,
+    used_nbytes,
+)
+from hicache.ssd.locks import N_TRIES, Lock, StoreError, attempts, growing, lock_directory, lock_store
 from hicache.ssd.map import ForeignMap, Map, delete_map, is_damage
-from hicache.ssd.sizes import MAP_SLOT_NBYTES, Geometry, segment_slots_for, slots_within
+from hicache.ssd.sizes import MAP_SLOT_NBYTES, Geometry, max_segments_for, segment_slots_for, slots_within
 from hicache.ssd.volume import Opened, Spec
 from transfer.files import SegmentFiles
 
@@ -25,50 +36,67 @@ def open_store(spec: Spec) -> Opened:
     Blocks.
     """
     check_limit(spec.path, spec.limit_nbytes, spec.n_members, spec.identity.slot_nbytes)
+    _check_file_system(spec)
     check_directory(spec.path, spec.limit_nbytes)
-    directory_lock = lock_directory(spec.path, spec.server)
-    try:
+    with contextlib.ExitStack() as undo:
+        directory_lock = lock_directory(spec.path, spec.server)
+        undo.callback(directory_lock.release)
         store_lock = _lock_own(spec)
-    except BaseException:
-        directory_lock.release()
-        raise
-    try:
-        store_map = _open_map(spec)
-        try:
-            geometry, files = _open_files(spec, store_map)
-            shrink(spec, geometry)
-        except BaseException:
-            store_map.close()
-            raise
-    except BaseException:
-        store_lock.release()
-        directory_lock.release()
-        raise
+        undo.callback(store_lock.release)
+        store_map, geometry, files = _open_store(spec)
+        undo.callback(store_map.close)
+        undo.callback(files.close)
+        shrink(spec, geometry)
+        undo.pop_all()
     return Opened(geometry, (directory_lock, store_lock), files, store_map)
+
+
+def _check_file_system(spec: Spec) -> None:
+    """Opened again, a store must not come to lie on the file system that its own was mounted on. Raises OSError."""
+    if spec.device is None or (spec.folder.path / "map.db").exists():
+        return
+    nearest = next(folder for folder in (spec.path, *spec.path.parents) if folder.exists())
+    if nearest.stat().st_dev != spec.device:
+        raise OSError(errno.ENODEV, "it is not on the file system that it was on at the start", str(spec.path))
 
 
 def _lock_own(spec: Spec) -> Lock:
     folder = spec.folder.path
-    folder.parent.mkdir(exist_ok=True, mode=0o700)
-    folder.mkdir(exist_ok=True, mode=0o700)
-    lock = lock_store(folder)
-    if lock is None:
-        raise StoreError(f"{folder} is open already: two tiers, or two ranks of one number, cannot share a store")
-    return lock
+    for _ in attempts(N_TRIES):
+        with contextlib.suppress(FileNotFoundError):  # it was just being deleted by another rank, to make room
+            folder.parent.mkdir(exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            lock = lock_store(folder)
+            if lock is not None:
+                return lock
+    raise StoreError(
+        f"{folder} is open already: another process has it, or another tier or rank of the same number in this one; "
+        f"stop it, or wait until `sgl-lmcache ssd check` is done"
+    )
 
 
-def _open_map(spec: Spec) -> Map:
+def _open_store(spec: Spec) -> tuple[Map, Geometry, SegmentFiles]:
+    """A map that cannot be used at all is deleted; one that is damaged in parts is made anew by the fill."""
     folder = spec.folder.path
     try:
-        return Map(folder, spec.identity)
+        return _open_map_and_files(spec)
     except ForeignMap as error:
         logger.warning("sgl_lmcache: %s: the store starts empty", error)
-    except sqlite3.Error as error:
-        if not is_damage(error):
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        if isinstance(error, sqlite3.Error) and not is_damage(error):
             raise
         logger.warning("sgl_lmcache: the map of %s cannot be opened (%s): the store starts empty", folder, error)
     delete_map(folder)
-    return Map(folder, spec.identity)
+    return _open_map_and_files(spec)
+
+
+def _open_map_and_files(spec: Spec) -> tuple[Map, Geometry, SegmentFiles]:
+    store_map = Map(spec.folder.path, spec.identity)
+    try:
+        return store_map, *_open_files(spec, store_map)
+    except BaseException:
+        store_map.close()
+        raise
 
 
 def _open_files(spec: Spec, store_map: Map) -> tuple[Geometry, SegmentFiles]:
@@ -79,16 +107,33 @@ def _open_files(spec: Spec, store_map: Map) -> tuple[Geometry, SegmentFiles]:
     if segment_slots is None or segment_slots > n_slots:
         segment_slots = segment_slots_for(n_slots, identity.slot_nbytes)
         store_map.delete_beyond(0)
-        for file in folder.glob("data.*"):
-            file.unlink()
+        _delete_files(data_files(folder))
         store_map.set_note("segment_slots", segment_slots)
-    geometry = Geometry(identity.page_nbytes, identity.slot_nbytes, segment_slots, n_slots // segment_slots)
+    max_segments = max_segments_for(n_slots, identity.slot_nbytes, segment_slots)
+    geometry = Geometry(identity.page_nbytes, identity.slot_nbytes, segment_slots, max_segments)
+    if max_segments < n_slots // segment_slots:
+        _tell_small_files(spec, geometry, n_slots)
     store_map.delete_beyond(geometry.n_slots)
     store_map.compact(geometry.n_slots * MAP_SLOT_NBYTES)
-    for segment in range(geometry.max_segments, _n_files(spec)):
-        (folder / f"data.{segment}").unlink(missing_ok=True)
-    files = SegmentFiles(folder, spec.slab, segment_slots=segment_slots, system=spec.system)
+    _delete_files(data_files(folder)[max_segments:])
+    files = SegmentFiles(folder, spec.slab, segment_slots=segment_slots, max_segments=max_segments, system=spec.system)
     return geometry, files
+
+
+def _delete_files(files: list[Path]) -> None:
+    """The highest first, so that no gap is left if this is cut short."""
+    for file in reversed(files):
+        file.unlink()
+
+
+def _tell_small_files(spec: Spec, geometry: Geometry, n_slots: int) -> None:
+    logger.warning(
+        "sgl_lmcache: %s was made for a smaller capacity, and can use %s of its %s bytes: to have it made anew, delete "
+        "it while the server is down",
+        spec.folder.path,
+        f"{geometry.n_slots * geometry.slot_nbytes:,}",
+        f"{n_slots * geometry.slot_nbytes:,}",
+    )
 
 
 def _known_segment_slots(spec: Spec, store_map: Map) -> int | None:
@@ -103,20 +148,21 @@ def _known_segment_slots(spec: Spec, store_map: Map) -> int | None:
     return found or None
 
 
-def _n_files(spec: Spec) -> int:
-    numbers = [file.name.removeprefix("data.") for file in spec.folder.path.glob("data.*")]
-    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
-
-
 # ---- the cap ----
 
 
 def shrink(spec: Spec, geometry: Geometry) -> None:
-    """Make the directory fit its cap, as far as stores that nobody uses are what exceeds it."""
-    with growing(spec.path):
-        excess = _excess_nbytes(spec, geometry)
-        if excess > 0:
-            reclaim(spec.path, spec.folder, excess, spare_siblings=True)
+    """Make the directory fit its cap, if deleting stores that nobody uses can. Raises OSError.
+
+    What cannot be done now, since another process does not let go of the directory, is done before the store grows.
+    """
+    try:
+        with growing(spec.path):
+            excess = _excess_nbytes(spec, geometry)
+            if excess > 0:
+                reclaim(spec.path, spec.folder, excess, spare_siblings=True)
+    except TimeoutError as error:
+        logger.warning("sgl_lmcache: %s: what it holds has not been counted: %s", spec.path, error)
 
 
 def grow(spec: Spec, opened: Opened) -> bool:
@@ -135,5 +181,5 @@ def _excess_nbytes(spec: Spec, geometry: Geometry) -> int:
     for store in sorted(stores_in(spec.path), key=lambda store: store.last_use_s()):
         if store.is_sibling_of(spec.folder):
             newest[store.rank] = store
-    beside_data = sum(used_nbytes(store.path) - data_nbytes(store.path) for store in newest.values())
-    return used_nbytes(spec.path) - beside_data + spec.n_members * geometry.allowance_nbytes - spec.limit_nbytes
+    allowed = sum(allowed_nbytes(store.path) for store in newest.values())
+    return used_nbytes(spec.path) - allowed + spec.n_members * geometry.allowance_nbytes - spec.limit_nbytes

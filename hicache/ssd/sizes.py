@@ -25,6 +25,10 @@ N_SEGMENTS: Final = 16
 MIN_SLOTS: Final = 4
 
 
+_SEGMENTS_FACTOR: Final = 4
+"""So many times the files that a new store of the same share would have, an old one may have. Each is a descriptor."""
+
+
 @dataclass(frozen=True, slots=True)
 class Geometry:
     """Sizes of one store.
@@ -65,3 +69,9 @@ def limit_for(n_slots: int, n_members: int, slot_nbytes: int) -> int:
 def segment_slots_for(n_slots: int, slot_nbytes: int) -> int:
     """Slots a file, for a new store of `n_slots`."""
     return max(1, min(SEGMENT_NBYTES // slot_nbytes, n_slots // N_SEGMENTS))
+
+
+def max_segments_for(n_slots: int, slot_nbytes: int, segment_slots: int) -> int:
+    """Files of a store with a share of `n_slots`, whatever share its files were made for."""
+    usual = max(N_SEGMENTS, n_slots // max(1, SEGMENT_NBYTES // slot_nbytes))
+    return min(n_slots // segment_slots, _SEGMENTS_FACTOR * usual)

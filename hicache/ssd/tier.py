@@ -11,12 +11,14 @@ answers that it has nothing, and tries again from time to time.
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Final, Self
 
@@ -104,16 +106,21 @@ class SsdTier(Tier):
             system=system or System(),
         )
         try:
-            opened = open_store(spec)
-        except (OSError, sqlite3.Error) as error:
+            with ExitStack() as undo:
+                opened = open_store(spec)
+                undo.callback(opened.close)
+                workers = Workers(N_THREADS, clock)
+                undo.callback(workers.stop, close_timeout_s)
+                tier = cls(
+                    Volume(replace(spec, device=os.stat(path).st_dev), opened, workers, clock),
+                    max_queued_nbytes=max_queued_nbytes,
+                    hang_after_s=hang_after_s,
+                    close_timeout_s=close_timeout_s,
+                )
+                undo.pop_all()
+                return tier
+        except (OSError, sqlite3.Error, RuntimeError, MemoryError) as error:
             raise StoreError(f"{spec.folder.path} cannot be opened: {error}") from error
-        volume = Volume(spec, opened, Workers(N_THREADS, clock), clock)
-        return cls(
-            volume,
-            max_queued_nbytes=max_queued_nbytes,
-            hang_after_s=hang_after_s,
-            close_timeout_s=close_timeout_s,
-        )
 
     @property
     def name(self) -> str:
@@ -231,7 +238,8 @@ class SsdTier(Tier):
     def stats(self) -> Mapping[str, int]:
         """The fields of `Counters`, and what is true now.
 
-        n_pages: resident. n_slots: of the existing segments. n_reads_queued, n_writes_queued: pieces that wait for an
+        n_pages: resident. n_slots: of the existing segments. n_bad_slots: those of them that the disk refuses, which
+        are left out until the store is opened again. n_reads_queued, n_writes_queued: pieces that wait for an
         I/O thread. n_stores_waiting: batches that wait for room. queued_nbytes: of stores not written yet.
         is_filling: 1 while the map is being read after the start.
         """
@@ -239,7 +247,8 @@ class SsdTier(Tier):
         n_reads, n_writes = volume.workers.n_queued
         with volume.lock:
             counts = asdict(volume.counters)
-            counts |= {"n_pages": volume.pages.n_resident, "n_slots": volume.pages.n_live}
+            pages = volume.pages
+            counts |= {"n_pages": pages.n_resident, "n_slots": pages.n_live, "n_bad_slots": pages.n_bad}
         return counts | {
             "crashes": volume.workers.n_crashes + self._keeper.n_crashes,
             "n_reads_queued": n_reads,
@@ -271,13 +280,20 @@ class SsdTier(Tier):
         quiet = self._volume.workers.stop(self._close_timeout_s)
         quiet &= self._keeper.stop(max(0.0, deadline_s - time.monotonic()))
         self._stores.withdraw()
-        store = self._volume.spec.folder.path
+        if quiet:
+            closing = threading.Thread(target=self._close_store, name="sgl-lmcache-ssd-close", daemon=True)
+            closing.start()
+            closing.join(max(0.0, deadline_s - time.monotonic()))
+            quiet = not closing.is_alive()
         if not quiet:
+            store = self._volume.spec.folder.path
             logger.error("sgl_lmcache: the disk does not answer: %s is left as it is", store)
-            return
+
+    def _close_store(self) -> None:
         try:
             self._volume.opened.close()
         except (OSError, sqlite3.Error) as error:
+            store = self._volume.spec.folder.path
             logger.error("sgl_lmcache: %s could not be closed in order: %s", store, error)
 
     # ---- failures ----

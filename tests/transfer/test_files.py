@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from transfer.files import SegmentFiles
 
 SLOT_NBYTES = 4096
 SEGMENT_SLOTS = 8
+MAX_SEGMENTS = 8
 
 
 def make_slab(n_slots: int = 64) -> npt.NDArray[np.uint8]:
@@ -45,7 +47,9 @@ class Case:
             self.files.grow()
 
     def open(self) -> SegmentFiles:
-        return SegmentFiles(self.folder, self.slab, segment_slots=SEGMENT_SLOTS, system=self.disk)
+        return SegmentFiles(
+            self.folder, self.slab, segment_slots=SEGMENT_SLOTS, max_segments=MAX_SEGMENTS, system=self.disk
+        )
 
 
 @pytest.fixture
@@ -109,6 +113,39 @@ def test_without_direct_io_it_goes_buffered(tmp_path: Path, where: str) -> None:
     assert np.array_equal(case.slab[32:36], case.slab[:4])
 
 
+class _RefusedTwice(Disk):
+    """While one read is being refused for its flags, another is, and has gone buffered before the first can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: list[Callable[[], object]] = []
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        try:
+            return super().preadv(fd, buffers, offset)
+        except OSError:
+            while self.meanwhile:
+                self.meanwhile.pop()()
+            raise
+
+
+def test_two_threads_may_find_at_once_that_there_is_no_direct_io(tmp_path: Path) -> None:
+    disk = _RefusedTwice()
+    files = SegmentFiles(tmp_path, make_slab(), segment_slots=SEGMENT_SLOTS, max_segments=MAX_SEGMENTS, system=disk)
+    files.grow()
+    disk.no_direct = "preadv"
+    disk.meanwhile.append(lambda: files.read(run(0, 1), run(1, 1)))
+    assert files.read(run(0, 1), run(0, 1)).all()
+    assert not files.is_direct
+
+
+def test_what_is_refused_for_other_reasons_is_an_error_with_and_without_direct_io(case: Case) -> None:
+    case.disk.fail["preadv"] = errno.EINVAL
+    for _ in range(2):
+        with pytest.raises(OSError, match="Invalid argument"):
+            case.files.read(run(0, 1), run(0, 1))
+
+
 def test_an_error_is_not_taken_for_missing_direct_io(case: Case) -> None:
     case.disk.fail["preadv"] = errno.EIO
     with pytest.raises(OSError, match="Input/output error"):
@@ -144,14 +181,30 @@ def test_opening_restores_lengths_and_removes_what_lies_behind_a_gap(case: Case)
     os.truncate(case.folder / "data.0", 3 * SLOT_NBYTES)
     os.truncate(case.folder / "data.1", 100 * SLOT_NBYTES)
     (case.folder / "data.2").unlink()
-    (case.folder / "data.old").touch()
+    foreign = {"data.old", "data.05", "data.0.bak", "data.", "data.\u0661", f"data.{MAX_SEGMENTS}", "data.20260726"}
+    for name in foreign:
+        (case.folder / name).touch()
     files = case.open()
     assert files.n_segments == 2
-    assert {path.name for path in case.folder.iterdir()} == {"data.0", "data.1", "data.old"}
+    assert {path.name for path in case.folder.iterdir()} == {"data.0", "data.1"} | foreign
     assert [(case.folder / f"data.{i}").stat().st_size for i in range(2)] == [SEGMENT_SLOTS * SLOT_NBYTES] * 2
     assert files.read(run(0, 8), run(32, 8)).all()
     assert np.array_equal(case.slab[32:35], case.slab[:3])
     assert not case.slab[35:40].any()
+
+
+def test_opening_allocates_what_was_copied_with_holes(case: Case) -> None:
+    case.files.write(run(0, 2), run(0, 2))
+    case.files.close()
+    with (case.folder / "data.0").open("r+b") as file:
+        file.truncate(2 * SLOT_NBYTES)
+        file.truncate(SEGMENT_SLOTS * SLOT_NBYTES)
+    n_calls = case.disk.calls["fallocate"]
+    files = case.open()
+    assert 512 * (case.folder / "data.0").stat().st_blocks >= SEGMENT_SLOTS * SLOT_NBYTES
+    assert case.disk.calls["fallocate"] == n_calls + 1, "the others are whole"
+    assert files.read(run(0, 2), run(32, 2)).all()
+    assert np.array_equal(case.slab[32:34], case.slab[:2])
 
 
 def test_a_file_that_was_replaced_or_deleted_is_noticed(case: Case) -> None:
@@ -164,4 +217,4 @@ def test_a_file_that_was_replaced_or_deleted_is_noticed(case: Case) -> None:
 
 def test_slots_must_be_aligned(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="4000 bytes are not aligned"):
-        SegmentFiles(tmp_path, np.zeros((2, 4000), np.uint8), segment_slots=2, system=Disk())
+        SegmentFiles(tmp_path, np.zeros((2, 4000), np.uint8), segment_slots=2, max_segments=2, system=Disk())
