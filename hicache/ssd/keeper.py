@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 ROUND_S: Final = 0.2
 """Commits are at most so far apart, so a crash loses at most what was stored in this time."""
 
+TOUCH_S: Final = 30.0
+"""When pages were last used is written so often, or hits would wear the disk. A crash loses it of this time."""
+
 WATCH_S: Final = 2.0
 GROW_AGAIN_S: Final = 30.0
 
@@ -66,6 +69,7 @@ class Keeper:
         self._late_jobs: deque[Job] = deque()
         self._stopping = False
         self._watched_at_s = volume.clock() - WATCH_S
+        self._touched_at_s = volume.clock()
         self._busy_since_s: float | None = None
         self._is_new_map = False
         self._growth: _Growth | None = None
@@ -133,7 +137,7 @@ class Keeper:
             while jobs:
                 jobs.popleft()[1].set_result(0)
         if not self._volume.is_filling and not self._volume.writes.is_open:
-            self._commit_all()
+            self._commit_all(at_end=True)
 
     @contextmanager
     def _at_disk(self) -> Iterator[None]:
@@ -188,15 +192,19 @@ class Keeper:
         self._commit_all()
         return 0
 
-    def _commit_all(self) -> None:
-        while self._commit():
+    def _commit_all(self, *, at_end: bool = False) -> None:
+        now_s = self._volume.clock()
+        touched = at_end or now_s - self._touched_at_s >= TOUCH_S
+        if touched:
+            self._touched_at_s = now_s
+        while self._commit(touched):
             pass
 
-    def _commit(self) -> bool:
-        """One transaction. Returns whether there may be more to commit."""
+    def _commit(self, touched: bool) -> bool:
+        """One transaction, with last uses only if `touched`. Returns whether there may be more to commit."""
         volume = self._volume
         with volume.lock:
-            changes = volume.pages.changes(TRANSACTION_ROWS)
+            changes = volume.pages.changes(TRANSACTION_ROWS, touched=touched)
         if not len(changes):
             return False
         try:
@@ -356,7 +364,7 @@ class Keeper:
 
 
 class _Growth:
-    """One more segment, made on a thread of its own. error: why it was not; grew: False as well if the cap forbids it."""
+    """One more segment, made on a thread of its own. error: why it was not; grew: False too if the cap forbids it."""
 
     def __init__(self, volume: Volume) -> None:
         self.began_at_s = volume.clock()
@@ -375,5 +383,5 @@ class _Growth:
     def _run(self, spec: Spec, opened: Opened) -> None:
         try:
             self.grew = grow(spec, opened)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the keeper raises it
             self.error = error

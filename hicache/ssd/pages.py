@@ -269,15 +269,18 @@ class Pages:
 
     # ---- what the map is told ----
 
-    def changes(self, limit: int) -> Changes:
-        """Take at most `limit` changes that the map does not know. Answer with `committed` or `uncommitted`."""
+    def changes(self, limit: int, *, touched: bool = True) -> Changes:
+        """Take at most `limit` changes that the map does not know. Answer with `committed` or `uncommitted`.
+
+        touched: also when pages were last used, that the map knows.
+        """
         deleted = self._take_dying(limit)
         saved = np.flatnonzero(self._unsaved)[: limit - len(deleted)]
         self._unsaved[saved] = False
         self._touched[saved] = False
-        touched = np.flatnonzero(self._touched)[: limit - len(deleted) - len(saved)]
-        self._touched[touched] = False
-        return Changes(deleted, self._rows_of(saved), (touched, self._last_use[touched]), self.clock)
+        used = np.flatnonzero(self._touched)[: limit - len(deleted) - len(saved)] if touched else NO_SLOTS
+        self._touched[used] = False
+        return Changes(deleted, self._rows_of(saved), (used, self._last_use[used]), self.clock)
 
     def committed(self, deleted: Int64Array) -> None:
         """The map does not name these slots any more, which `changes` said were to be deleted."""

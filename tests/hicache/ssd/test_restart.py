@@ -79,6 +79,35 @@ def test_recency_survives(tmp_path: Path, restart: bool) -> None:
     tier.close()
 
 
+def test_hits_are_written_down_from_time_to_time_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    apply = Map.apply
+
+    def telling(self: Map, deleted: Any, saved: Any, touched: Any, clock: int) -> None:
+        written.append(len(touched[0]))
+        apply(self, deleted, saved, touched, clock)
+
+    monkeypatch.setattr(Map, "apply", telling)
+    clock = Clock()
+    tier = open_tier(tmp_path, make_slab(), clock=clock)
+    assert tier.store(pages(10, "a")).result() == 10
+    settle(tier)
+    tier.touch(pages(10, "a").keys[-32:])
+    assert tier.store(pages(5, "b")).result() == 5
+    settle(tier)
+    assert set(written) == {0}
+    clock.now_s += 31.0
+    settle(tier)
+    assert sum(written) == 10
+    assert tier.load(pages(10, "a", first_slot=100)).result() == 10
+    settle(tier)
+    assert sum(written) == 10
+    tier.close()
+    assert sum(written) == 20
+
+
 def test_a_smaller_cap_drops_the_highest_segments_and_keeps_the_rest(tmp_path: Path) -> None:
     slab = make_slab()
     tier = open_tier(tmp_path, slab, n_slots=64)
