@@ -113,7 +113,7 @@ class Pages:
         return self.index.resident_prefix(self.index.match(keys), HOST)
 
     def begin_read(self, keys: bytes) -> Read:
-        """Claim the resident pages at the head of `keys`, and make them and those above them the last to go."""
+        """Claim the resident pages at the head of `keys`, and make them the last to go."""
         rows = self.index.match(keys)
         rows = rows[: self.index.resident_prefix(rows, HOST)]
         self._use(rows)
@@ -137,16 +137,18 @@ class Pages:
         return n_left
 
     def touch(self, key: bytes) -> None:
-        self._use(self.index.match(key))
+        """This page and all above it become the last to go: as much work as the path is long."""
+        rows = self.index.match(key)
+        if len(rows):
+            self._use(self.index.path(int(rows[0])))
 
     def _use(self, rows: Rows) -> None:
-        """These pages of one path, and all above them, are in use."""
+        """These pages of one path are in use. Those above them stay too: no page goes before the pages below it."""
         if not len(rows):
             return
         self._tick()
-        path = self.index.path(int(rows[-1]))
-        self.index.touch(path)
-        slots = self.index.slots(path)
+        self.index.touch(rows)
+        slots = self.index.slots(rows)
         slots = slots[slots >= 0]
         self._last_use[slots] = self.clock
         self._touched[slots] = True
@@ -160,7 +162,8 @@ class Pages:
     def hold(self, keys: bytes, parent: bytes) -> Rows | None:
         """Lease a row for each page of a run, in use now; None if its parent is not here, or if there are no rows left.
 
-        The parent may be incoming. `let_go` the rows when they have been stored, or not.
+        The parent, which may be incoming, is in use too, so that it does not make room for the run. `let_go` the rows
+        when they have been stored, or not.
         """
         above = ROOT
         if parent != ROOT_KEY:
@@ -173,7 +176,7 @@ class Pages:
         except (IndexFull, ValueError):
             return None
         self.index.lease(rows)
-        self._use(rows)
+        self._use(rows if above == ROOT else np.concatenate([np.array([above], np.int32), rows]))
         return rows
 
     def let_go(self, rows: Rows) -> None:

@@ -1,0 +1,80 @@
+"""The books of a store by themselves: what is in use, and who goes first."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hicache.ssd.pages import ROOT_KEY, Pages
+from tests.hicache.tier_contract import chain
+from tests.support.tiers import split
+
+
+def books(n_slots: int = 20) -> Pages:
+    """All of its slots exist, and are free."""
+    pages = Pages(n_slots, "lru")
+    pages.begin_fill(n_slots, 1)
+    pages.free_unused(0, n_slots)
+    pages.end_fill()
+    return pages
+
+
+def store(pages: Pages, keys: list[bytes], parent: bytes = ROOT_KEY) -> None:
+    rows = pages.hold(b"".join(keys), parent)
+    assert rows is not None
+    pages.begin_write(rows)
+    pages.end_write(rows, np.zeros(len(rows), np.uint64))
+    pages.let_go(rows)
+
+
+def commit(pages: Pages) -> None:
+    changes = pages.changes(1000)
+    pages.committed(changes.deleted)
+
+
+@pytest.fixture
+def path() -> list[bytes]:
+    return split(chain(20, "a")[0])
+
+
+def test_a_read_and_a_store_touch_their_own_pages_only(path: list[bytes]) -> None:
+    """Else a path of n batches would be touched n times."""
+    pages = books()
+    store(pages, path[:10])
+    commit(pages)
+    read = pages.begin_read(b"".join(path[8:10]))
+    pages.end_read(read, np.zeros(2, np.bool_))
+    assert set(pages.changes(1000).touched[0]) == set(read.slots)
+    store(pages, path[10:12], path[9])
+    changes = pages.changes(1000)
+    assert len(changes.saved) == 2
+    assert set(changes.touched[0]) == {read.slots[-1]}, "and the page above, which must not make room for them"
+    pages.touch(path[11])
+    assert len(pages.changes(1000).touched[0]) == 12
+    pages.check_invariants()
+
+
+def test_pages_used_after_those_above_them_still_go_first(path: list[bytes]) -> None:
+    pages = books()
+    store(pages, path[:5])
+    store(pages, path[5:10], path[4])
+    other = split(chain(5, "b")[0])
+    store(pages, other)
+    read = pages.begin_read(b"".join(path[5:10]))
+    pages.end_read(read, np.zeros(5, np.bool_))
+    pages.touch(other[-1])
+    for n_left in (7, 3, 0):
+        pages.evict(pages.n_found(b"".join(path)) - n_left)
+        assert pages.n_found(b"".join(path)) == n_left
+        assert pages.n_resident == n_left + 5, "the rest of the path has no hole"
+        pages.check_invariants()
+
+
+def test_a_page_makes_no_room_for_the_one_below_it(path: list[bytes]) -> None:
+    pages = books(5)
+    store(pages, path[:5])
+    rows = pages.hold(path[5], path[4])
+    assert rows is not None
+    assert pages.evict(1) == 0
+    pages.let_go(rows)
+    pages.check_invariants()
