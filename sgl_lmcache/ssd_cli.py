@@ -32,7 +32,7 @@ def _check(options: argparse.Namespace) -> int:
     else:
         lines = [line for report in reports for line in _lines(report, fix=options.fix)]
         print("\n".join(lines or [f"{path}: there is no store"]))
-    return int(any(report.skipped or (report.damage and not options.fix) for report in reports))
+    return int(any(report.skipped or not report.is_fixed for report in reports))
 
 
 def _configured_path() -> Path:
@@ -68,7 +68,9 @@ def _scan(path: Path, *, fix: bool) -> list[Report]:
 
 
 def _n_slots(folder: Path, slot_nbytes: int) -> int:
-    return sum(file.stat().st_size for file in folder.glob("data.*")) // slot_nbytes
+    from hicache.ssd.directory import data_files
+
+    return sum(file.stat().st_size for file in data_files(folder)) // slot_nbytes
 
 
 def _lines(report: Report, *, fix: bool) -> Iterator[str]:
@@ -77,6 +79,8 @@ def _lines(report: Report, *, fix: bool) -> Iterator[str]:
         return
     found = _count(len(report.damage), "fault") if report.damage else "sound"
     dropped = f", {_count(report.n_dropped, 'page')} dropped" if fix and report.damage else ""
+    if fix and not report.is_fixed:
+        dropped += f", {_count(len(report.damage) - report.n_fixed, 'fault')} left"
     yield f"{report.folder}: {_count(report.n_pages, 'page')}, {found}{dropped}"
     for damage in report.damage:
         page = f"page {damage.key.hex()}, " if damage.key is not None else ""
@@ -94,6 +98,7 @@ def _plain(report: Report) -> dict[str, Any]:
         "skipped": report.skipped,
         "n_pages": report.n_pages,
         "n_dropped": report.n_dropped,
+        "n_fixed": report.n_fixed,
         "damage": [
             {"what": damage.what, "key": damage.key.hex() if damage.key is not None else None, "slot": damage.slot}
             for damage in report.damage

@@ -92,12 +92,21 @@ def test_fix_drops_what_is_damaged_and_what_hangs_below_it(path: Path, capsys: p
     assert f"{store}: {N_PAGES - 2} pages, sound" in capsys.readouterr().out
 
 
+def test_fix_says_what_it_leaves(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, _ = damage(path, N_PAGES - 1)
+    (store / "notes.txt").touch()
+    assert check(path, "--fix") == 1
+    assert f"{store}: {N_PAGES} pages, 2 faults, 1 page dropped, 1 fault left" in capsys.readouterr().out
+    (store / "notes.txt").unlink()
+    assert check(path) == 0
+
+
 def test_json_says_the_same(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store, slot = damage(path, N_PAGES - 1)
     assert check(path, "--json") == 1
     first, second = json.loads(capsys.readouterr().out)
     (found,) = first.pop("damage")
-    assert first == {"store": str(store), "skipped": "", "n_pages": N_PAGES, "n_dropped": 0}
+    assert first == {"store": str(store), "skipped": "", "n_pages": N_PAGES, "n_dropped": 0, "n_fixed": 0}
     assert found["slot"] == slot
     assert bytes.fromhex(found["key"]) == key_of(N_PAGES - 1)
     assert found["what"]

@@ -1,11 +1,13 @@
 """An offline scan of stores: every page that a map names is read and verified, and what is wrong is named.
 
 A store that is open is left alone: its lock is taken for the scan. With `fix` the map forgets what is damaged and
-what hangs below it; a map that cannot be read at all is deleted, and its store starts empty.
+what hangs below it; a map that cannot be opened at all is deleted, and its store starts empty. A map that opens and is
+damaged is left as it is, since the next start of its server saves what can be read of it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -14,11 +16,12 @@ from io import FileIO
 from pathlib import Path
 
 from hicache.ssd.checksum import checksum, namespace_seed, seeds
-from hicache.ssd.directory import FORMAT, StoreFolder, stores_in
-from hicache.ssd.locks import StoreError, lock_store
-from hicache.ssd.map import TRANSACTION_ROWS, ForeignMap, Identity, Map, PageRows, delete_map
+from hicache.ssd.directory import FORMAT, StoreFolder, data_files, is_own_file, stores_in
+from hicache.ssd.locks import N_TRIES, StoreError, attempts, lock_store
+from hicache.ssd.map import TRANSACTION_ROWS, ForeignMap, Identity, Map, PageRows, delete_map, is_damage
 from hicache.ssd.pages import ROOT_KEY
 from radix import KEY_NBYTES
+from transfer.files import segment_of
 
 _CHUNK_NBYTES = 8 << 20
 
@@ -37,6 +40,7 @@ class Report:
     """What a scan found in one store. skipped: why it was not scanned, or empty.
 
     n_pages: verified or found damaged. n_dropped: rows that `fix` took out of the map.
+    n_fixed: how much of the damage `fix` has put right.
     """
 
     folder: Path
@@ -44,11 +48,17 @@ class Report:
     n_pages: int = 0
     nbytes: int = 0
     n_dropped: int = 0
+    n_fixed: int = 0
     damage: list[Damage] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
         return not self.damage
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether nothing is wrong any more."""
+        return self.n_fixed == len(self.damage)
 
 
 Progress = Callable[[Path, int], None]
@@ -71,13 +81,14 @@ def check_store(store: StoreFolder, *, fix: bool, progress: Progress = no_progre
     """Scan one store. Blocks for as long as reading it takes; holds one chunk of it in memory. Raises OSError."""
     if store.format != FORMAT:
         return Report(store.path, skipped=f"it has format {store.format}, this version reads {FORMAT}")
-    lock = lock_store(store.path)
-    if lock is None:
-        return Report(store.path, skipped="it is in use")
-    try:
-        return _Scan(store, fix, progress).run()
-    finally:
-        lock.release()
+    for _ in attempts(N_TRIES):
+        lock = lock_store(store.path)
+        if lock is not None:
+            try:
+                return _Scan(store, fix, progress).run()
+            finally:
+                lock.release()
+    return Report(store.path, skipped="it is in use")
 
 
 class _Scan:
@@ -97,41 +108,56 @@ class _Scan:
 
     def run(self) -> Report:
         if not (self._store.path / "map.db").exists():
-            self._found("there is no map: what its files hold cannot be found")
+            if data_files(self._store.path):
+                self._found("there is no map: what its files hold cannot be found, and its server starts empty")
             return self._report
         try:
-            store_map = self._open_map()
-        except (ForeignMap, sqlite3.Error) as error:
-            return self._unreadable(error)
+            sizes = self._read_sizes()
+            if sizes is not None and not all(sizes):
+                self._found("its map does not say how large pages and files are: its server starts empty")
+                return self._report
+            self._page_nbytes, self._segment_slots = sizes or (self._store.slot_nbytes, 1)
+            identity = Identity(self._store.path.parent.name, self._page_nbytes, self._store.slot_nbytes)
+            store_map = Map(self._store.path, identity)
+        except ForeignMap as error:
+            self._found(f"{error}: its server starts empty")
+            return self._report
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            return self._unusable(error)
         try:
-            self._scan(store_map)
-        except sqlite3.Error as error:
-            return self._unreadable(error)
+            if sizes is not None:
+                self._scan(store_map)
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            self._found(f"the map cannot be read: {error}")
         finally:
-            store_map.close()
+            with contextlib.suppress(sqlite3.Error):
+                store_map.close()
         if store_map.is_damaged:
-            self._found("a part of the map cannot be read: the next start makes it anew from the rest")
+            self._found("a part of the map cannot be read: the next start of its server makes it anew from the rest")
         return self._report
 
-    def _open_map(self) -> Map:
-        db = sqlite3.connect(self._store.path / "map.db")
-        try:
-            notes = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('page_nbytes', 'segment_slots')"))
-        finally:
-            db.close()
-        self._page_nbytes, self._segment_slots = (
+    def _read_sizes(self) -> tuple[int, int] | None:
+        """Bytes a page and slots a file, 0 for what the map does not say; None if it opens, and cannot be asked."""
+        with contextlib.closing(sqlite3.connect(self._store.path / "map.db")) as db:
+            db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+            try:
+                notes = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('page_nbytes', 'segment_slots')"))
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                if isinstance(error, sqlite3.Error) and not is_damage(error):
+                    raise
+                return None
+        page_nbytes, segment_slots = (
             size if isinstance(size, int) and size > 0 else 0
             for size in (notes.get("page_nbytes"), notes.get("segment_slots"))
         )
-        if not (self._page_nbytes and self._segment_slots):
-            raise sqlite3.DatabaseError("it does not say how large pages and files are")
-        identity = Identity(self._store.path.parent.name, self._page_nbytes, self._store.slot_nbytes)
-        return Map(self._store.path, identity)
+        return page_nbytes, segment_slots
 
-    def _unreadable(self, error: Exception) -> Report:
+    def _unusable(self, error: sqlite3.Error | UnicodeDecodeError) -> Report:
+        """The next start of its server would delete the map too, unless it is the disk that refuses it."""
         self._found(f"the map cannot be used: {error}")
-        if self._fix:
+        if self._fix and (isinstance(error, UnicodeDecodeError) or is_damage(error)):
             delete_map(self._store.path)
+            self._report.n_fixed += 1
         return self._report
 
     def _found(self, what: str, key: bytes | None = None, slot: int | None = None) -> None:
@@ -147,10 +173,12 @@ class _Scan:
             segments += 1
         self._find_outside(store_map, segments)
         self._find_orphans()
-        if self._fix:
+        if self._fix and not store_map.is_damaged:
             for at in range(0, len(self._dropped), TRANSACTION_ROWS):
-                store_map.delete(self._dropped[at : at + TRANSACTION_ROWS])
-            self._report.n_dropped = len(self._dropped)
+                dropped = self._dropped[at : at + TRANSACTION_ROWS]
+                store_map.delete(dropped)
+                self._report.n_dropped += len(dropped)
+                self._report.n_fixed += len(dropped)
 
     def _scan_segment(self, store_map: Map, file: FileIO, base: int) -> None:
         slot_nbytes = self._store.slot_nbytes
@@ -195,11 +223,9 @@ class _Scan:
     def _find_outside(self, store_map: Map, n_segments: int) -> None:
         for slot in store_map.slots_beyond(n_segments * self._segment_slots):
             self._damaged(None, slot, "the map names it, and no file has it")
-        for file in sorted(self._store.path.iterdir()):
-            number = file.name.removeprefix("data.")
-            is_data = number.isdecimal() and int(number) < n_segments
-            if not is_data and file.name not in ("lock", "map.db", "map.db-wal", "map.db-shm"):
-                self._found(f"a file that does not belong to the store: {file.name}")
+        for name in sorted(os.listdir(self._store.path)):
+            if not is_own_file(name) or (segment_of(name) or 0) >= max(1, n_segments):
+                self._found(f"a file that does not belong to the store: {name}")
 
     def _find_orphans(self) -> None:
         """Good pages whose path to the root is not whole: they cannot be reached, so `fix` drops them too."""

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hicache.ssd import Report, SsdTier, StoreError, check_path
-from tests.hicache.ssd.stores import SLOT_NBYTES, make_slab, open_tier, pages
+from hicache.ssd import Report, SsdTier, StoreError, check_path, locks
+from hicache.ssd.map import Map
+from tests.hicache.ssd.stores import SLOT_NBYTES, make_slab, open_tier, pages, settle
 from tests.support.tiers import split
 
 
@@ -132,3 +133,101 @@ def test_a_store_of_another_format_is_left_alone(case: Case) -> None:
 def test_a_path_that_is_no_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a folder"):
         list(check_path(tmp_path / "nowhere", fix=False))
+
+
+# ---- maps that are damaged, and what is left to the server ----
+
+
+def destroy_a_leaf_of_the_key_index(file: Path) -> None:
+    """So that no key can be added or deleted, and every row can be read."""
+    with sqlite3.connect(file) as db:
+        ((root,),) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name LIKE 'sqlite_autoindex_pages%'")
+    db.close()
+    with file.open("r+b") as opened:
+        opened.seek(4096 * (root - 1))
+        opened.write(bytes(64))
+
+
+def test_a_map_that_opens_is_never_deleted(case: Case) -> None:
+    case.harm(split(pages(8, "a").keys)[7])
+    destroy_a_leaf_of_the_key_index(case.folder / "map.db")
+    report = case.check(fix=True)
+    assert not report.is_sound
+    assert not report.is_fixed
+    assert (case.folder / "map.db").exists()
+    tier = case.open()
+    settle(tier)
+    assert tier.exists(pages(8, "b").keys).result() == 8
+    assert tier.load(pages(8, "a", first_slot=100)).result() == 7
+    tier.close()
+
+
+def test_a_map_whose_notes_cannot_be_read_is_left_to_the_server(case: Case) -> None:
+    with sqlite3.connect(case.folder / "map.db") as db:
+        ((root,),) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'meta'")
+    db.close()
+    with (case.folder / "map.db").open("r+b") as opened:
+        opened.seek(4096 * (root - 1))
+        opened.write(bytes(64))
+    report = case.check(fix=True)
+    assert [found.what for found in report.damage] == [
+        "a part of the map cannot be read: the next start of its server makes it anew from the rest"
+    ]
+    assert not report.is_fixed
+    tier = case.open()
+    settle(tier)
+    assert tier.exists(pages(8, "b").keys).result() == 8
+    tier.close()
+    assert case.check().is_sound
+
+
+def test_a_map_that_the_disk_refuses_is_not_deleted(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Map, "__init__", fail)
+        report = case.check(fix=True)
+    assert "disk I/O error" in report.damage[0].what
+    assert not report.is_fixed
+    assert case.check().is_sound
+
+
+def test_a_map_of_another_namespace_is_left_alone(case: Case) -> None:
+    case.folder.parent.rename(case.path / ("e" * 32))
+    (report,) = check_path(case.path, fix=True)
+    assert "says namespace" in report.damage[0].what
+    assert not report.is_fixed
+    assert (report.folder / "map.db").exists()
+
+
+def test_what_fix_does_not_put_right_is_counted(case: Case) -> None:
+    case.harm(split(pages(8, "a").keys)[7])
+    (case.folder / "notes.txt").touch()
+    report = case.check(fix=True)
+    assert (len(report.damage), report.n_fixed, report.n_dropped) == (2, 1, 1)
+    (case.folder / "notes.txt").unlink()
+    assert case.check().is_sound
+    assert case.check().is_fixed
+
+
+def test_a_store_that_was_never_used_is_sound(case: Case) -> None:
+    for file in (*case.folder.glob("map.db*"), *case.folder.glob("data.*")):
+        file.unlink()
+    assert case.check(fix=True).is_sound
+
+
+def test_folders_that_are_only_named_like_stores_are_passed_over(case: Case) -> None:
+    for name in ("r0of1-v1-0", "r0of0-v1-4096", "r00of1-v1-4096", "r0of1-v1-" + "9" * 30):
+        (case.folder.parent / name).mkdir()
+        (case.folder.parent / name / "map.db").touch()
+    assert case.check().is_sound
+
+
+def test_a_store_that_is_locked_for_an_instant_is_waited_for(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = locks.lock_store(case.folder)
+    assert lock is not None
+    monkeypatch.setattr(locks, "_pause", lock.release)
+    assert not case.check().skipped
