@@ -156,13 +156,18 @@ class SegmentFiles:
             self._system.fdatasync(self._fds[segment])
 
     def are_in_place(self) -> bool:
-        """Whether every path still leads to the file that is open. False also when it leads nowhere."""
+        """Whether every path still leads to the file that is open. False also when it leads nowhere, or if that file's
+        system is gone. Raises OSError.
+        """
         for segment, fd in enumerate(self._fds):
             try:
                 named = self._system.stat(self.path(segment))
             except FileNotFoundError:
                 return False
-            opened = self._system.fstat(fd)
+            try:
+                opened = self._system.fstat(fd)
+            except OSError:
+                return False
             if (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino):
                 return False
         return True

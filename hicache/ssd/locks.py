@@ -22,7 +22,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -48,9 +48,9 @@ class Lock:
 
     def release(self) -> None:
         """Releasing it again does nothing."""
-        if self._fd is not None:
-            _give_up(self._fd)
-            self._fd = None
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            _give_up(fd)
 
 
 def lock_store(folder: Path) -> Lock | None:
@@ -119,7 +119,8 @@ def _open(path: Path) -> int:
 
 
 def _give_up(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
@@ -132,8 +133,12 @@ def _try_flock(fd: int, kind: int) -> bool:
 
 
 def _leads_to(path: Path, fd: int) -> bool:
-    """Whether the lock that was taken is the one that others find: its file may have been deleted meanwhile."""
+    """Whether the lock that was taken is the one that others find: its file, or file system, may be gone meanwhile."""
     try:
-        return os.path.samestat(os.stat(path), os.fstat(fd))
+        found = os.stat(path)
     except FileNotFoundError:
+        return False
+    try:
+        return os.path.samestat(found, os.fstat(fd))
+    except OSError:
         return False

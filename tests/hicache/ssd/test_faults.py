@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -279,6 +280,35 @@ def test_a_directory_that_goes_away_is_noticed_and_made_anew(
     reopened = open_tier(case.path, case.slab)
     assert reopened.exists(pages(10, "b").keys).result() == 10
     reopened.close()
+
+
+def test_a_file_system_that_dies_and_is_mounted_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was open of it fails for ever, with whatever error; the paths are well."""
+    opened = case.tier._volume.opened
+    dead = {*opened.files._fds, *(lock._fd for lock in opened.locks)}
+    fstat = os.fstat
+
+    def fstat_of_the_living(fd: int) -> os.stat_result:
+        if fd in dead:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return fstat(fd)
+
+    def close(fd: int) -> None:
+        dead.discard(fd)
+        real_close(fd)
+
+    real_close = os.close
+    monkeypatch.setattr(os, "fstat", fstat_of_the_living)
+    monkeypatch.setattr(os, "close", close)
+    case.pass_time(2.5)
+    assert not case.tier.health().available
+    case.pass_time(1.5)
+    assert case.tier.health().available
+    assert not dead
+    settle(case.tier)
+    assert case.hits() == 10
+    case.tier.check_invariants()
+    case.tier.close()
 
 
 def test_a_deleted_directory_is_noticed_by_the_next_commit(case: Case) -> None:
