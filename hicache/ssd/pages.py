@@ -61,6 +61,42 @@ class Changes:
         return len(self.deleted) + len(self.saved) + len(self.touched[0])
 
 
+class _Marks:
+    """Marked slots: a flag each, and a queue, so that taking a few needs no look at all flags."""
+
+    def __init__(self, n_slots: int) -> None:
+        self.flags = np.zeros(n_slots, np.bool_)
+        self._queue: deque[Int64Array] = deque()
+
+    def mark(self, slots: NDArray[np.integer]) -> None:
+        new = slots[~self.flags[slots]].astype(np.int64)
+        if len(new):
+            self.flags[new] = True
+            self._queue.append(new)
+
+    def unmark(self, slots: NDArray[np.integer]) -> None:
+        """They stay in the queue, and are passed over there."""
+        self.flags[slots] = False
+
+    def take(self, limit: int) -> Int64Array:
+        """At most so many of those that were marked first, ascending. They are marked no more."""
+        taken: list[Int64Array] = []
+        while self._queue and limit > 0:
+            slots = self._queue.popleft()
+            slots = slots[self.flags[slots]]
+            if len(slots) > limit:
+                self._queue.appendleft(slots[limit:])
+                slots = slots[:limit]
+            self.flags[slots] = False
+            taken.append(slots)
+            limit -= len(slots)
+        return np.sort(np.concatenate(taken)) if taken else NO_SLOTS
+
+    def check_invariants(self) -> None:
+        queued = np.unique(np.concatenate([NO_SLOTS, *self._queue]))
+        assert np.isin(np.flatnonzero(self.flags), queued).all(), "a slot is marked and not in the queue"
+
+
 class Pages:
     """n_slots: as many as may ever exist; none does before `begin_fill` or `add_slots`. eviction: a policy of `radix`.
 
@@ -80,8 +116,8 @@ class Pages:
         self._checksum = np.zeros(n_slots, np.uint64)
         self._last_use = np.zeros(n_slots, np.int64)
         self._n_readers = np.zeros(n_slots, np.int32)
-        self._unsaved = np.zeros(n_slots, np.bool_)
-        self._touched = np.zeros(n_slots, np.bool_)
+        self._unsaved = _Marks(n_slots)
+        self._touched = _Marks(n_slots)
         self._condemned = np.zeros(n_slots, np.bool_)
         self._lingering = np.zeros(n_slots, np.bool_)
         self._refused = np.zeros(n_slots, np.bool_)
@@ -90,7 +126,8 @@ class Pages:
         """While a fill runs: slots whose pages have left since it began, and those it has freed."""
         if n_expected:
             self.index.reserve(n_expected)
-            for column in (self._checksum, self._last_use, self._n_readers, self._unsaved, self._touched):
+            flags = (self._unsaved.flags, self._touched.flags)
+            for column in (self._checksum, self._last_use, self._n_readers, *flags):
                 column[:] = 0
 
     @property
@@ -151,7 +188,7 @@ class Pages:
         slots = self.index.slots(rows)
         slots = slots[slots >= 0]
         self._last_use[slots] = self.clock
-        self._touched[slots] = True
+        self._touched.mark(slots)
 
     def _tick(self) -> None:
         self.clock += 1
@@ -209,7 +246,7 @@ class Pages:
         kept, slots = rows[~condemned], slots[~condemned]
         self._checksum[slots] = checksums[~condemned]
         self._last_use[slots] = self.clock
-        self._unsaved[slots] = True
+        self._unsaved.mark(slots)
         self.index.commit(kept, HOST)
         if len(kept) < len(rows):
             self.abort_write(rows[condemned])
@@ -219,7 +256,7 @@ class Pages:
         """The bytes of these incoming pages are not in their slots, or not wanted."""
         slots = self.index.abort(rows, HOST)
         self._row[slots] = -1
-        self._touched[slots] = False
+        self._touched.unmark(slots)
         self._condemned[slots] = False
         self._give(slots)
 
@@ -257,8 +294,8 @@ class Pages:
 
     def _forget(self, slots: Slots) -> None:
         self._row[slots] = -1
-        self._unsaved[slots] = False
-        self._touched[slots] = False
+        self._unsaved.unmark(slots)
+        self._touched.unmark(slots)
         if self._left is not None:
             self._left[slots] = True
         if len(slots):
@@ -278,11 +315,9 @@ class Pages:
         touched: also when pages were last used, that the map knows.
         """
         deleted = self._take_dying(limit)
-        saved = np.flatnonzero(self._unsaved)[: limit - len(deleted)]
-        self._unsaved[saved] = False
-        self._touched[saved] = False
-        used = np.flatnonzero(self._touched)[: limit - len(deleted) - len(saved)] if touched else NO_SLOTS
-        self._touched[used] = False
+        saved = self._unsaved.take(limit - len(deleted))
+        self._touched.unmark(saved)
+        used = self._touched.take(limit - len(deleted) - len(saved)) if touched else NO_SLOTS
         return Changes(deleted, self._rows_of(saved), (used, self._last_use[used]), self.clock)
 
     def committed(self, deleted: Int64Array) -> None:
@@ -297,12 +332,12 @@ class Pages:
         """The map has learnt nothing."""
         if len(changes.deleted):
             self._dying.appendleft(changes.deleted.astype(np.int32))
-        for slots, flags in ((changes.saved.slots, self._unsaved), (changes.touched[0], self._touched)):
-            flags[slots[self._row[slots] >= 0]] = True
+        for slots, marks in ((changes.saved.slots, self._unsaved), (changes.touched[0], self._touched)):
+            marks.mark(slots[self._row[slots] >= 0])
 
     def named(self, first: int, end: int) -> PageRows:
         """What the map should name in the slots first .. end by now: all that is resident and need not be saved."""
-        slots = first + np.flatnonzero((self._row[first:end] >= 0) & ~self._unsaved[first:end])
+        slots = first + np.flatnonzero((self._row[first:end] >= 0) & ~self._unsaved.flags[first:end])
         return self._rows_of(slots[self.index.states(self._row[slots], HOST) == State.RESIDENT])
 
     def _take_dying(self, limit: int) -> Int64Array:
@@ -417,6 +452,7 @@ class Pages:
         used = np.flatnonzero(self._row >= 0)
         assert np.array_equal(self.index.slots(self._row[used]), used), "a slot's row has another slot"
         assert len(used) == n_incoming + self.n_resident, "a page with a slot is not that slot's"
-        for flags, name in ((self._unsaved, "unsaved"), (self._touched, "touched")):
-            assert (self._row[flags] >= 0).all(), f"a slot is {name} and holds no page"
+        for marks, name in ((self._unsaved, "unsaved"), (self._touched, "touched")):
+            assert (self._row[marks.flags] >= 0).all(), f"a slot is {name} and holds no page"
+            marks.check_invariants()
         assert (self._n_readers >= 0).all(), "a slot has fewer than no readers"

@@ -31,6 +31,9 @@ _NO_ROWS: Rows = np.empty(0, np.int32)
 _MAX_BEHIND: Final = 256
 """So many waiting batches are looked at to tell how much room will be wanted."""
 
+_MAX_EVICTED: Final = 4096
+"""Pages that leave at once for those behind the first: a millisecond or two."""
+
 
 class Storing:
     """One batch on its way: the first `n_pages` of it, which are `nbytes`."""
@@ -175,7 +178,7 @@ class Stores:
             return True
         with self._queue_lock:  # the first is the one that is short
             n_behind = sum(len(storing.slab_slots) for storing in islice(self._waiting, 1, _MAX_BEHIND))
-        n_evicted = pages.evict(max(n_short, min(n_short + n_behind, pages.n_live // 8)))
+        n_evicted = pages.evict(max(n_short, min(n_short + n_behind, pages.n_live // 8, _MAX_EVICTED)))
         self._volume.counters.evicted += n_evicted
         return n_evicted > 0
 

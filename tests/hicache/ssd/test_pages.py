@@ -78,3 +78,51 @@ def test_a_page_makes_no_room_for_the_one_below_it(path: list[bytes]) -> None:
     assert pages.evict(1) == 0
     pages.let_go(rows)
     pages.check_invariants()
+
+
+def test_what_is_touched_again_and_again_is_told_once(path: list[bytes]) -> None:
+    pages = books()
+    store(pages, path[:10])
+    commit(pages)
+    for key in path[:10]:
+        pages.touch(key)
+    first, second, third = (pages.changes(4).touched[0] for _ in range(3))
+    assert sorted([*first, *second, *third]) == list(range(10))
+    assert not len(pages.changes(4))
+    pages.check_invariants()
+
+
+def test_a_page_that_leaves_and_comes_back_is_saved_once(path: list[bytes]) -> None:
+    pages = books(5)
+    for _ in range(3):
+        store(pages, path[:5])
+        pages.delete(b"".join(path[:5]))
+        pages.committed(pages.changes(5).deleted)
+    store(pages, path[:5])
+    pages.check_invariants()
+    assert [len(pages.changes(3).saved) for _ in range(3)] == [3, 2, 0]
+    pages.check_invariants()
+
+
+def test_what_could_not_be_committed_is_taken_again(path: list[bytes]) -> None:
+    pages = books()
+    store(pages, path[:10])
+    changes = pages.changes(6)
+    assert len(changes.saved) == 6
+    pages.delete(path[9])
+    pages.uncommitted(changes)
+    pages.check_invariants()
+    again = pages.changes(100)
+    assert (len(again.deleted), len(again.saved)) == (1, 9)
+
+
+def test_taking_changes_scans_nothing(path: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ten million slots a look at all flags is milliseconds under the lock, at each commit."""
+    pages = books()
+    store(pages, path[:10])
+
+    def scan(*_: object) -> None:
+        raise AssertionError("all flags are looked at")
+
+    monkeypatch.setattr(np, "flatnonzero", scan)
+    assert [len(pages.changes(1000)) for _ in range(2)] == [10, 0]
