@@ -182,7 +182,7 @@ def look_up(volume: Volume, keys: bytes, *, prefix: bool) -> None:
         at, n_asked = at + len(asked), min(2 * n_asked, SLICE)
     rows = joined(found)
     if len(rows):
-        rows = joined([*_above(volume, rows.parents[:KEY_NBYTES]), rows])
+        rows = joined([*_above(volume, rows), rows])
         order = np.argsort(rows.depths, kind="stable")
         for first in range(0, len(rows), SLICE):
             with volume.lock:
@@ -192,18 +192,25 @@ def look_up(volume: Volume, keys: bytes, *, prefix: bool) -> None:
 def _pages(volume: Volume, keys: bytes) -> PageRows:
     """The rows of those pages that the map has, in the order of `keys`."""
     rows = volume.map.pages(keys)
-    return rows.take(np.flatnonzero(rows.slots < volume.pages.n_live))
+    return rows.take(np.flatnonzero((rows.slots >= 0) & (rows.slots < volume.pages.n_live)))
 
 
-def _above(volume: Volume, key: bytes) -> list[PageRows]:
-    """The rows from the page `key` up to the first that is known, or to the root."""
+def _above(volume: Volume, rows: PageRows) -> list[PageRows]:
+    """The rows of what lies above these: of each path up to the first page that is known, or to the root."""
     above: list[PageRows] = []
-    while key != ROOT_KEY and len(above) <= volume.pages.n_slots:
-        with volume.lock:
-            is_known = volume.pages.n_found(key) > 0
-        row = NO_ROWS if is_known else _pages(volume, key)
-        if not len(row):
-            break
-        above.append(row)
-        key = row.parents
+    seen = {ROOT_KEY, *_split(rows.keys)}
+    for key in _split(rows.parents):
+        while key not in seen:
+            seen.add(key)
+            with volume.lock:
+                is_known = volume.pages.n_found(key) > 0
+            row = NO_ROWS if is_known else _pages(volume, key)
+            if not len(row):
+                break
+            above.append(row)
+            key = row.parents
     return above
+
+
+def _split(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY_NBYTES] for at in range(0, len(keys), KEY_NBYTES)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,31 @@ def test_pages_are_found_while_the_map_is_still_being_read(tmp_path: Path) -> No
     settle(tier)
     assert tier.exists(pages(20, "b").keys).result() == 19
     assert tier.exists(pages(20, "a").keys).result() == 20
+    tier.check_invariants()
+    tier.close()
+
+
+def test_pages_of_two_branches_are_deleted_while_the_map_is_still_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier(tmp_path, make_slab())
+    for name in "abc":
+        assert tier.store(pages(8, name)).result() == 8
+    tier.close()
+    may_read = threading.Event()
+    between = Map.between
+
+    def wait(self: Map, first: int, end: int) -> Any:
+        may_read.wait()
+        return between(self, first, end)
+
+    monkeypatch.setattr(Map, "between", wait)
+    tier = open_tier(tmp_path, make_slab())
+    deleted = tier.delete(b"".join(pages(8, name).keys[-32:] for name in "abb"))
+    may_read.set()
+    assert deleted.result(timeout=20) == 2
+    settle(tier)
+    assert [tier.exists(pages(8, name).keys).result() for name in "abc"] == [7, 7, 8]
     tier.check_invariants()
     tier.close()
 
