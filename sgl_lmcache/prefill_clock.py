@@ -5,7 +5,7 @@
     checkpoint                     the KV of one of them is published
 
 A checkpoint comes behind the forward only for the last chunk of a prompt: SGLang publishes the others while they may
-still be computed. So the chunks of a prompt are measured as one, from the beginning of the first to the end of the last.
+still be computed. So the chunks of a prompt are measured as one, from the first one's beginning to the last one's end.
 With overlap scheduling the next batch is launched before the last one's results are looked at: batches wait in line,
 and the time of one begins when the one before it has ended.
 """

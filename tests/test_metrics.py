@@ -44,7 +44,8 @@ def metrics(clock: Clock) -> Iterator[TierMetrics]:
 
 
 def value(name: str, **labels: str) -> float | None:
-    return prometheus_client.REGISTRY.get_sample_value(name, {"tier": "memory", **labels})
+    found: float | None = prometheus_client.REGISTRY.get_sample_value(name, {"tier": "memory", **labels})
+    return found
 
 
 def tier(**counts: int) -> CountingTier:

@@ -27,11 +27,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
+import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,19 +38,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from bench.fio import DEPTHS, MISSING, Fio
+from bench.serving import PAGE_SIZE, TOKEN_NBYTES, Prompts, generate, group_of, server, signal_all, with_probe
 from demo_server import Client
-from serving import PAGE_SIZE, TOKEN_NBYTES, Prompts, generate, group_of, server, signal_all, with_probe
 
 from tests.support.inspection import Faults, ProbeFolder
 
-FIO_DEPTHS = (1, 2, 4, 8, 16, 32)
 SETTLE_S = 1.0
 """Long enough for what a prompt leaves behind to be written: not measured, and nothing waits for it."""
 
@@ -72,26 +71,13 @@ def flush(client: Client) -> None:
 
 
 def whole(n_tokens: int) -> int:
+    """Tokens of a prompt that can be found: those in whole pages, less the last."""
     return (n_tokens - 1) // PAGE_SIZE * PAGE_SIZE
 
 
-# ---- fio ----
-
-
-def fio_command(folder: Path, nbytes: int, depth: int) -> list[str]:
-    """Reads nbytes of a file of that size with direct I/O."""
-    options = {"name": "read", "filename": folder / "fio", "size": nbytes, "rw": "read", "bs": "1M", "direct": 1}
-    options |= {"ioengine": "libaio", "iodepth": depth, "output-format": "json"}
-    return ["fio", *(f"--{name}={value}" for name, value in options.items())]
-
-
-def fio_s(folder: Path, nbytes: int) -> float:
-    """Seconds that the best of the depths takes for so many bytes, by bandwidth."""
-    rates = []
-    for depth in FIO_DEPTHS:
-        result = subprocess.run(fio_command(folder, nbytes, depth), capture_output=True, check=True)
-        rates.append(json.loads(result.stdout)["jobs"][0]["read"]["bw_bytes"])
-    return nbytes / max(rates)
+def fio_s(fio: Fio, nbytes: int) -> float:
+    """Seconds that the best of the depths takes to read so many bytes."""
+    return nbytes / (1e9 * max(fio.gb_per_s("read", depth) for depth in DEPTHS))
 
 
 # ---- ttft ----
@@ -102,8 +88,9 @@ def run_ttft(n_tokens: int, n_rounds: int, path: Path) -> Figures:
     times: dict[str, list[float]] = {"storage": [], "device": [], "fio": []}
     with tempfile.TemporaryDirectory(dir=path) as name, ExitStack() as stack:
         folder = Path(name)
-        print(f"# {shlex.join(fio_command(folder, nbytes, 16))}", file=sys.stderr)
-        fio_s(folder, nbytes)  # makes the file
+        (folder / "fio").write_bytes(os.urandom(nbytes))
+        fio = Fio(folder / "fio")
+        print(f"# {fio.described('read')}", file=sys.stderr)
         client = stack.enter_context(
             server(folder, cached=True, pool_tokens=n_tokens * 3 // 2, config=tiers(folder, ssd=True))
         )
@@ -117,9 +104,9 @@ def run_ttft(n_tokens: int, n_rounds: int, path: Path) -> Figures:
                 if number >= 0:
                     times[kind].append(elapsed_s)
             signal_all(group, signal.SIGSTOP)
-            times["fio"].append(fio_s(folder, nbytes))
+            times["fio"].append(fio_s(fio, nbytes))
             signal_all(group, signal.SIGCONT)
-    storage, device, fio = (statistics.median(times[kind]) for kind in ("storage", "device", "fio"))
+    storage, device, read = (statistics.median(times[kind]) for kind in ("storage", "device", "fio"))
     extra = [in_storage - in_hbm for in_storage, in_hbm in zip(times["storage"], times["device"], strict=True)]
     return {
         "tokens": n_tokens,
@@ -128,10 +115,10 @@ def run_ttft(n_tokens: int, n_rounds: int, path: Path) -> Figures:
         "ssd_hit_s": storage,
         "ssd_hit_s_min": min(times["storage"]),
         "ssd_hit_s_max": max(times["storage"]),
-        "fio_s (same bytes, best depth)": fio,
+        "fio_s (same bytes, best depth)": read,
         "cold over SSD hit (at least 30)": cold_s / storage,
-        "SSD hit over device hit + fio (at most 1.3)": storage / (device + fio),
-        "SSD hit less device hit, over fio": statistics.median(extra) / fio,
+        "SSD hit over device hit + fio (at most 1.3)": storage / (device + read),
+        "SSD hit less device hit, over fio": statistics.median(extra) / read,
     }
 
 
@@ -214,8 +201,8 @@ def run_guard(n_pairs: int, path: Path) -> Figures:
         for number in range(-1, n_pairs):
             single = [prompts.make(n_tokens) for n_tokens in (100, 300, 600, 900)]
             burst = [prompts.make(400) for _ in range(12)]
-            one = servers.measure(number, lambda client, batch=single: sum(generate(client, p, 1)[0] for p in batch))
-            all_s = servers.measure(number, lambda client, batch=burst: burst_s(client, batch))
+            one = servers.measure(number, partial(singly_s, batch=single))
+            all_s = servers.measure(number, partial(burst_s, batch=burst))
             if number >= 0:
                 ttft.append(one[True] / one[False])
                 throughput.append(all_s[False] / all_s[True])
@@ -223,6 +210,11 @@ def run_guard(n_pairs: int, path: Path) -> Figures:
         **summary("TTFT under 1,000 tokens, with SSD over without (at most 1.02)", ttft),
         **summary("throughput, with SSD over without (at least 0.98)", throughput),
     }
+
+
+def singly_s(client: Client, batch: Sequence[Sequence[int]]) -> float:
+    """Seconds to first tokens, one prompt after another."""
+    return sum(generate(client, prompt, 1)[0] for prompt in batch)
 
 
 def burst_s(client: Client, batch: Sequence[Sequence[int]]) -> float:
@@ -295,7 +287,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.what == "ttft" and shutil.which("fio") is None:
-        parser.error("fio is needed: apt-get install fio")
+        parser.error(MISSING)
     if arguments.what == "ttft":
         figures = run_ttft(arguments.tokens or 8000, arguments.rounds or 9, arguments.path)
     elif arguments.what == "spill":
