@@ -319,8 +319,11 @@ class Map:
     def compact(self, nbytes: int) -> None:
         """Make the file smaller if it is larger than this and `_SMALL_NBYTES`: it keeps the size it once had."""
         if not self.is_damaged and os.stat(self.path).st_size > nbytes + _SMALL_NBYTES:
-            self._db.execute("VACUUM")
-            self.checkpoint()
+            try:
+                self._db.execute("VACUUM")
+                self.checkpoint()
+            except sqlite3.Error as error:
+                self._pass_over(error)
 
     def checkpoint(self) -> None:
         """Move the log into the map, and empty it."""

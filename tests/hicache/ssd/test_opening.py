@@ -129,6 +129,22 @@ def test_a_map_that_makes_no_sense_does_not_refuse_the_start(tmp_path: Path, har
     tier.close()
 
 
+def test_damage_that_only_making_the_map_smaller_meets_costs_no_other_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = make_store(tmp_path) / "map.db"
+    data = bytearray(file.read_bytes())
+    leaves = [at for at in range(8192, len(data), 4096) if data[at] == 0x0D and data[at + 3 : at + 5] > b"\0\4"]
+    data[leaves[0]] = 0x0E
+    file.write_bytes(data)
+    monkeypatch.setattr("hicache.ssd.map._SMALL_NBYTES", -(1 << 30))
+    tier = open_tier(tmp_path, make_slab())
+    settle(tier)
+    assert 0 < tier.stats()["n_pages"] < 64
+    assert tier.stats()["map_salvaged"] == 1
+    tier.close()
+
+
 def test_a_disk_that_fails_is_not_taken_for_a_damaged_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         error = sqlite3.OperationalError("disk I/O error")
