@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
 
 from hicache.ssd.fill import FREE_SLICE, SLICE, Fill, rebuild_map
 from hicache.ssd.locks import StoreError
-from hicache.ssd.map import TRANSACTION_ROWS, is_damage
+from hicache.ssd.map import NO_SLOTS, TRANSACTION_ROWS, is_damage
 from hicache.ssd.opening import grow, open_store
 from hicache.ssd.pages import Changes
 from hicache.ssd.stores import Stores
@@ -47,8 +48,6 @@ GROWTH_S: Final = 10.0
 FILL_PAUSE_S: Final = 5e-5
 """After each step of the fill, so that whoever waits for the interpreter's lock gets it. Steps give it up too, but take
 it back before another thread has been woken."""
-
-_EVERYTHING: Final = 1 << 40
 
 Job = tuple[Callable[[], None], "Future[int]"]
 
@@ -249,20 +248,30 @@ class Keeper:
         for first in range(0, volume.pages.n_live, SLICE):
             with volume.lock:
                 n_deleted += volume.pages.delete_slots(first, first + SLICE)
-        with volume.lock:
-            changes = volume.pages.changes(_EVERYTHING)
+        taken = list(self._take_all_changes())
         try:
             volume.map.delete_all()
         except sqlite3.Error:
-            with volume.lock:
-                volume.pages.uncommitted(changes)
+            for changes in reversed(taken):
+                with volume.lock:
+                    volume.pages.uncommitted(changes)
             raise
-        for first in range(0, len(changes.deleted), FREE_SLICE):
+        for changes in taken:
             with volume.lock:
-                volume.pages.committed(changes.deleted[first : first + FREE_SLICE])
+                volume.pages.committed(changes.deleted)
+                volume.pages.uncommitted(replace(changes, deleted=NO_SLOTS))  # what was stored meanwhile
         with volume.lock:
             volume.counters.deleted += n_deleted
         return n_deleted
+
+    def _take_all_changes(self) -> Iterator[Changes]:
+        """Some thousand at a time, as the lock is held for each."""
+        while True:
+            with self._volume.lock:
+                changes = self._volume.pages.changes(FREE_SLICE)
+            if not len(changes):
+                return
+            yield changes
 
     # ---- room ----
 
@@ -349,7 +358,7 @@ class Keeper:
         if not volume.is_in_place():
             if self._growth is not None and not self._growth.ended(0.0):
                 raise OSError("a segment of it is still being made")
-            self._growth = None
+            self._growth, volume.grow_again_at_s = None, 0.0
             if not volume.release():
                 raise OSError("something of it is still being read or written")
             volume.renew(open_store(volume.spec))
