@@ -4,12 +4,15 @@ SGLang flushes its cache after an update, but not if it is told not to, nor whil
 computing with what it has read before. So the cache is tainted before the first byte of a weight changes, by hooks on
 the scheduler's weight updater, and stays so until everything is dropped (`TieredRadixCache.taint`).
 
-There are five doors to new weights. Disk and IPC updates are one call each. Tensor and distributed updates are only
+There are six doors to new weights. Disk and IPC updates are one call each. Tensor and distributed updates are only
 accepted between `begin_weight_update` and `end_weight_update`, and so is writing weights from outside (P2P, RDMA), so
 for those the two ends of the session are what counts. A flush inside a session drops what there is, but does not lift
-the taint: more may come. The weight checker, last, can overwrite weights with noise.
+the taint: more may come. The weight checker can overwrite weights with noise. And a server whose weights' memory is
+released (`release_memory_occupation`) has none until it is resumed, when it may hold anything: that is a session as
+well, in which nothing may look at the weights.
 
-An update that fails taints like one that succeeds: it may have failed half-way.
+An update that fails taints like one that succeeds: it may have failed half-way. What it has left is named like other
+new weights, by the bits that are there when the taint ends (`namespace.weights_digest`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ def register() -> None:
     HookRegistry.register(f"{UPDATER}.check_weights", before_check, HookType.BEFORE)
     HookRegistry.register(f"{UPDATER}.begin_weight_update", before_session, HookType.BEFORE)
     HookRegistry.register(f"{UPDATER}.end_weight_update", after_session, HookType.AFTER)
+    HookRegistry.register(f"{UPDATER}.release_memory_occupation", after_release, HookType.AFTER)
+    HookRegistry.register(f"{UPDATER}.resume_memory_occupation", after_resume, HookType.AFTER)
 
 
 def before_update(updater: SchedulerWeightUpdaterManager, *_args: Any) -> None:
@@ -71,6 +76,26 @@ def after_session(result: Any, updater: SchedulerWeightUpdaterManager, *_args: A
     if cache is not None and result.success:
         cache.end_weight_session()
         after_update(result, updater)
+
+
+def after_release(_result: Any, updater: SchedulerWeightUpdaterManager, *_args: Any) -> None:
+    """Memory has been given back; perhaps that of the weights."""
+    if _are_away(updater) and updater.memory_saver_adapter.enabled:
+        before_session(updater)
+
+
+def after_resume(result: Any, updater: SchedulerWeightUpdaterManager, *_args: Any) -> None:
+    """Memory is there again. Inside an update session its end is what counts."""
+    cache = _cache_of(updater)
+    if cache is not None and not _are_away(updater) and updater._session is None:
+        cache.end_weight_session()
+        after_update(result, updater)
+
+
+def _are_away(updater: SchedulerWeightUpdaterManager) -> bool:
+    from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+
+    return GPU_MEMORY_TYPE_WEIGHTS in updater.offload_tags
 
 
 def _cache_of(updater: SchedulerWeightUpdaterManager) -> TieredRadixCache | None:

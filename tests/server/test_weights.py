@@ -23,6 +23,7 @@ from tests.support.server import ANSWER_TIMEOUT_S, Answer, Server, wait_for
 pytestmark = pytest.mark.server
 
 TOKENS = prompt("weights", 500)
+NEW_WEIGHTS = "new weights, namespace"
 WAYS = [weight_ways.from_disk, weight_ways.from_tensors, weight_ways.from_a_group]
 
 
@@ -136,6 +137,55 @@ def test_a_new_version_of_the_same_weights_is_no_update(cached: Server, models: 
     assert cached.ask("/update_weight_version", new_version="same weights, other name")["success"]
     answer = cached.generate(TOKENS)
     assert (answer.host_tokens, answer.tokens) == (reusable(TOKENS), models.old_answer.tokens)
+
+
+# ---- what new weights are called ----
+
+
+def names_after(server: Server, way: Way, model: Path, version: str) -> set[str]:
+    """Of the namespaces that an update begins, one on each rank."""
+    n_before = len(server.log_lines(NEW_WEIGHTS))
+    way(server, model, flush_cache=True)
+    assert server.ask("/update_weight_version", new_version=version)["success"]
+    return names_since(server, n_before)
+
+
+def names_since(server: Server, n_before: int) -> set[str]:
+    lines = server.log_lines(NEW_WEIGHTS)[n_before:]
+    names = {line.split()[-1] for line in lines}
+    assert len(lines) == len(names) == server.setup.n_ranks
+    return names
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_are_known_by_themselves(cached: Server, models: Models, way: Way) -> None:
+    """Whichever way they came: a version that a trainer gives to other weights again changes nothing."""
+    new = names_after(cached, way, models.new, "1")
+    old = names_after(cached, weight_ways.from_disk, models.old, "1")
+    again = names_after(cached, weight_ways.from_disk, models.new, "2")
+    assert new == again
+    assert not new & old
+
+
+def test_an_update_that_fails_is_called_by_what_it_leaves(cached: Server, models: Models) -> None:
+    old = names_after(cached, weight_ways.from_disk, models.old, "1")
+    n_before = len(cached.log_lines(NEW_WEIGHTS))
+    cached.ask_refused("/update_weights_from_disk", model_path="/nonexistent", weight_version="2", flush_cache=True)
+    cached.flush()
+    assert names_since(cached, n_before) == old
+
+
+def test_half_of_an_update_has_a_name_of_its_own(cached: Server, models: Models) -> None:
+    old = names_after(cached, weight_ways.from_disk, models.old, "1")
+    half = names_after(cached, from_half_of_the_tensors, models.new, "1")
+    new = names_after(cached, weight_ways.from_tensors, models.new, "1")
+    assert len(old | half | new) == 3 * cached.setup.n_ranks
+
+
+def from_half_of_the_tensors(server: Server, model: Path, *, flush_cache: bool) -> None:
+    weight_ways.begin(server)
+    weight_ways.load_tensors(server, model, flush_cache=flush_cache, halves=1)
+    weight_ways.end(server)
 
 
 def test_update_calls_outside_a_session_change_nothing(cached: Server, models: Models) -> None:

@@ -51,11 +51,11 @@ def end(server: Server) -> None:
     assert server.ask("/end_weight_update")["success"]
 
 
-def load_tensors(server: Server, model: Path, *, flush_cache: bool) -> None:
-    """In two calls, as trainers send them; only the second flushes."""
+def load_tensors(server: Server, model: Path, *, flush_cache: bool, halves: int = 2) -> None:
+    """In two calls, as trainers send them; only the second flushes. halves: how many of them the trainer gets to."""
     named = sorted(load_file(model / "model.safetensors").items())
     half = len(named) // 2
-    for part, flush in ((named[:half], False), (named[half:], flush_cache)):
+    for part, flush in ((named[:half], False), (named[half:], flush_cache))[:halves]:
         payloads = [base64.b64encode(_serialize(part)).decode() for _ in range(server.setup.n_ranks)]
         answer = server.ask("/update_weights_from_tensor", serialized_named_tensors=payloads, flush_cache=flush)
         assert answer["success"]
