@@ -79,7 +79,8 @@ class SsdTier(Tier):
         system: System | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Self:
-        """Open the store of one rank, or make it. Blocks for some milliseconds, whatever the store holds.
+        """Open the store of one rank, or make it. Blocks for some milliseconds, whatever the store holds; for longer
+        where the cap has become smaller, while the map forgets what no longer fits.
 
         path: the directory, of all ranks of one server on this node.
         namespace: hex digits; other bytes behind equal keys have another.
@@ -282,9 +283,13 @@ class SsdTier(Tier):
         self._stores.withdraw()
         if quiet:
             closing = threading.Thread(target=self._close_store, name="sgl-lmcache-ssd-close", daemon=True)
-            closing.start()
-            closing.join(max(0.0, deadline_s - time.monotonic()))
-            quiet = not closing.is_alive()
+            try:
+                closing.start()
+            except RuntimeError:  # there are no new threads when the interpreter ends
+                self._close_store()
+            else:
+                closing.join(max(0.0, deadline_s - time.monotonic()))
+                quiet = not closing.is_alive()
         if not quiet:
             store = self._volume.spec.folder.path
             logger.error("sgl_lmcache: the disk does not answer: %s is left as it is", store)

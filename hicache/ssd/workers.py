@@ -80,7 +80,10 @@ class Speed:
 
 
 class Workers:
-    """Daemon threads, so a hanging disk does not keep the interpreter alive. Any thread may call any method."""
+    """Daemon threads, so a hanging disk does not keep the interpreter alive. Any thread may call any method.
+
+    Raises RuntimeError if the system gives no more threads.
+    """
 
     def __init__(self, n_threads: int, clock: Callable[[], float]) -> None:
         self.n_crashes = 0
@@ -96,8 +99,14 @@ class Workers:
         self._threads = [
             threading.Thread(target=self._serve, name=f"sgl-lmcache-ssd-{i}", daemon=True) for i in range(n_threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+            raise
 
     def submit(self, work: Sequence[Work]) -> None:
         """Queue these, all reads or all writes, behind others of their kind. Finished at once after `stop`."""

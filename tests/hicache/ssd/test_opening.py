@@ -81,6 +81,28 @@ def test_a_start_that_fails_late_leaves_nothing_behind(
     open_tier(tmp_path, slab, server="server b").close()
 
 
+def _start_no_thread(name: str) -> Callable[[threading.Thread], None]:
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    return start_others
+
+
+@pytest.mark.parametrize("name", ["sgl-lmcache-ssd-0", "sgl-lmcache-ssd-5", "sgl-lmcache-ssd-keeper"])
+def test_a_start_without_enough_threads_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before, threads = n_descriptors(), n_threads()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", _start_no_thread(name))
+        with pytest.raises(StoreError, match="can't start new thread"):
+            open_tier(tmp_path, make_slab())
+    wait_until(lambda: n_threads() == threads)
+    assert n_descriptors() == before
+
+
 def test_a_start_whose_room_cannot_be_counted_leaves_nothing_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +376,14 @@ def test_a_disk_that_is_not_mounted_gets_no_store_on_the_one_below(tmp_path: Pat
 
 
 # ---- the end ----
+
+
+def test_it_closes_though_there_are_no_new_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = open_tier(tmp_path, make_slab())
+    settle(tier)
+    monkeypatch.setattr(threading.Thread, "start", _start_no_thread("sgl-lmcache-ssd-close"))
+    tier.close()
+    assert all(lock._fd is None for lock in tier._volume.opened.locks)
 
 
 def test_closing_ends_in_time_though_the_map_does_not_close(
