@@ -32,6 +32,7 @@ FIRST_LOOK = 16
 """Pages that are looked up at once, before it is known whether there are any; then twice as many, up to a slice."""
 
 _MAX_ROUNDS = 3
+_MAX_CLOCK = 1 << 62
 
 
 class Fill:
@@ -48,7 +49,7 @@ class Fill:
         n_beyond, clock = volume.map.delete_beyond(self._n_live), volume.map.note("clock")
         with volume.lock:
             volume.counters.map_rejected += n_beyond
-            volume.pages.begin_fill(self._n_live, clock + 1 if isinstance(clock, int) else 1)
+            volume.pages.begin_fill(self._n_live, clock + 1 if isinstance(clock, int) and clock < _MAX_CLOCK else 1)
             self._began_at = volume.pages.clock
 
     def steps(self) -> Iterator[None]:

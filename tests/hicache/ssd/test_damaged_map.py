@@ -83,6 +83,18 @@ def test_a_row_that_is_not_what_the_key_index_says(case: Case) -> None:
         tier.close()
 
 
+@pytest.mark.parametrize("clock", [2**63 - 1, -(2**63), 1.5, b"x"])
+def test_a_senseless_clock(case: Case, clock: object) -> None:
+    with sqlite3.connect(case.map) as db:
+        db.execute("UPDATE meta SET value = ? WHERE name = 'clock'", (clock,))
+    db.close()
+    tier = case.open()
+    case.assert_takes_stores(tier)
+    tier.touch(pages(10, "0").keys[-32:])
+    assert case.n_loaded(tier) == [10] * 6
+    tier.close()
+
+
 def test_damage_that_the_fill_meets_unexpectedly(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr(Map, "between", failing(sqlite3.SQLITE_ERROR))
