@@ -29,6 +29,9 @@ from tests.support.walk import Step, Walk, copy_step, step
 
 N_STEPS = 1_500
 N_WALKS = 12
+TIERS = (None, 10, 1000, 1000)
+"""How many pages the tiers keep; None: there are none."""
+
 MUST_BE_SEEN = (
     "restored",
     "failed",
@@ -48,8 +51,8 @@ MUST_BE_SEEN = (
 class TwoRanks:
     """Two schedulers that take the same steps. Their copies do as they like."""
 
-    def __init__(self, rng: Random) -> None:
-        below = rng.choice((None, 10, 1000, 1000))
+    def __init__(self, rng: Random, below: int | None) -> None:
+        """below: how many pages the tier of each keeps; None: there is no tier."""
         sizes = rng.randint(13, 40), rng.choice((16, 40, 80) if below else (6, 12, 24, 40, 80))
         max_pending_pages, max_leased_share = rng.choice((3, 1000)), rng.choice((0.0, 0.5, 1.0))
         self.meeting = Meeting(2)
@@ -160,7 +163,7 @@ def test_ranks_whose_copies_end_at_other_times_stay_the_same(monkeypatch: pytest
     for seed in range(N_WALKS):
         monkeypatch.setattr(prefills, "MIN_SHARED_PAGES", (1, 2, 16)[seed % 3])
         rng = Random(seed)
-        two = TwoRanks(rng)
+        two = TwoRanks(rng, rng.choice(TIERS))
         walk(two, rng, N_STEPS, check=two.check)
         two.drain()
         two.close()
@@ -175,7 +178,7 @@ def test_a_rank_that_has_diverged_taints_all_and_nobody_hangs(seed: int, monkeyp
     """A write-back is decided on one rank only: that is our own bug, and it must not cost more than the cache."""
     monkeypatch.setattr(prefills, "MIN_SHARED_PAGES", 1)
     rng = Random(seed)
-    two = TwoRanks(rng)
+    two = TwoRanks(rng, rng.choice(TIERS))
     walk(two, rng, 150, check=two.check)
     two.drain()
     for scheduler in two.schedulers:
@@ -215,3 +218,46 @@ def test_a_rank_that_has_diverged_taints_all_and_nobody_hangs(seed: int, monkeyp
     walk(two, rng, 150, check=two.check)
     two.drain()
     two.close()
+
+
+def test_ranks_that_diverge_while_the_disk_of_one_hangs_are_tainted_for_good_and_nobody_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What that disk may still write is known to its rank only, so none may use its slots again."""
+    monkeypatch.setattr("hicache.engine.STAND_DOWN_S", 0.0)
+    rng = Random(8)
+    two = TwoRanks(rng, below=1000)
+    kept, other = Prompt(tuple(range(5000, 5024))), Prompt(tuple(range(6000, 6040)))
+    two.take(step("arrive", "kept", kept))
+    for _ in range(4):
+        for scheduler in two.schedulers:
+            drain_step_of_tiers(scheduler)
+        two.take(step("prefill", 32, 6))
+    two.take(step("flush"))
+    two.take(step("arrive", "again", kept))
+    for scheduler in two.schedulers:
+        drain_step_of_tiers(scheduler)
+    two.take(step("prefill", 32, 6))  # its pages are being loaded
+    drain_step_of_tiers(two.schedulers[0])  # and on one rank they have come
+    two.schedulers[1].real.engine._decided(1)
+    two.take(step("arrive", "other", other))
+    for _ in range(3):
+        two.take(step("prefill", 32, 6))
+    engines = [scheduler.real.engine for scheduler in two.schedulers]
+    assert [engine.below for engine in engines] == [None, None]
+    two.drain()
+    two.take(step("flush"))
+    assert [engine.tainted for engine in engines] == [True, True]
+    for number in range(20):
+        two.take(step("arrive", f"late {number}", kept))
+        two.take(step("prefill", 32, 6))
+    two.drain()
+    for engine in engines:
+        engine.check_invariants()
+
+
+def drain_step_of_tiers(scheduler: Scheduler) -> None:
+    """Copies end and the tier answers."""
+    scheduler.copies.quiesce()
+    if scheduler.tier is not None:
+        scheduler.tier_answers(1000)
