@@ -96,7 +96,7 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         linker,
         namespace,
         ranks,
-        weights_digest=partial(weights_digest, ctx.tp_worker.model_runner.model),
+        weights_digest=partial(weights_digest, ctx.tp_worker.model_runner.model, ctx.params.attn_tp_cache_group),
         next_tier=None if open_tier is None else partial(next_tier, open_tier),
     )
     pool.register_layer_transfer_counter(linker.layer_done_counter)
