@@ -54,6 +54,7 @@ GAUGES = {
     "sgl_lmcache_tier_available": "1 while the tier is used, 0 while its store is given up; the least of all ranks.",
     "sgl_lmcache_tier_used_bytes": "Bytes that the tier's pages take, of all ranks.",
     "sgl_lmcache_tier_limit_bytes": "Bytes that they may take, of all ranks.",
+    "sgl_lmcache_tier_bad_slots": "Places that the tier's disk refused, and that are used no more, of all ranks.",
 }
 
 
@@ -101,6 +102,7 @@ class TierMetrics:
         self._gauges["sgl_lmcache_tier_available"].labels(name).set(tier.health().available)
         self._gauges["sgl_lmcache_tier_used_bytes"].labels(name).set(capacity.used_nbytes)
         self._gauges["sgl_lmcache_tier_limit_bytes"].labels(name).set(capacity.limit_nbytes)
+        self._gauges["sgl_lmcache_tier_bad_slots"].labels(name).set(stats.get("n_bad_slots", 0))
 
     def _carry_over(self, metric: Metric, tier: str, label: str, count: int) -> None:
         new = count - self._published.get((metric.name, label), 0)
