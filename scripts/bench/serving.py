@@ -291,6 +291,15 @@ def signal_all(pids: Sequence[int], number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def show(figures: Mapping[str, float], *, as_json: bool) -> None:
+    """Print them, one a line."""
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    for name, value in figures.items():
+        print(f"{name:64}{value:>12,.4f}" if isinstance(value, float) else f"{name:64}{value:>12,}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="TTFT by tier, and the cost without reuse.")
     parser.add_argument("what", choices=("ttft", "overhead", "thread", "ranks"))
@@ -307,11 +316,7 @@ def main() -> int:
         figures = run_ranks(arguments.tokens, arguments.rounds)
     else:
         figures = run_thread()
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-    else:
-        for name, value in figures.items():
-            print(f"{name:46}{value:>12,.4f}" if isinstance(value, float) else f"{name:46}{value:>12,}")
+    show(figures, as_json=arguments.json)
     return 0
 
 

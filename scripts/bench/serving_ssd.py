@@ -26,7 +26,6 @@ Ratios of one run only: absolute times on a shared machine are noise.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
@@ -46,7 +45,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.fio import DEPTHS, MISSING, Fio
-from bench.serving import PAGE_SIZE, TOKEN_NBYTES, Prompts, generate, group_of, server, signal_all, with_probe
+from bench.serving import (
+    PAGE_SIZE,
+    TOKEN_NBYTES,
+    Prompts,
+    generate,
+    group_of,
+    server,
+    show,
+    signal_all,
+    with_probe,
+)
 from demo_server import Client
 
 from tests.support.inspection import Faults, ProbeFolder
@@ -296,11 +305,7 @@ def main() -> int:
         figures = run_guard(arguments.rounds or 15, arguments.path)
     else:
         figures = run_auto(arguments.tokens or 2000, arguments.rounds or 20, arguments.path)
-    if arguments.json:
-        print(json.dumps(figures, indent=2))
-    else:
-        for name, value in figures.items():
-            print(f"{name:64}{value:>12,.4f}" if isinstance(value, float) else f"{name:64}{value:>12,}")
+    show(figures, as_json=arguments.json)
     return 0
 
 
