@@ -75,6 +75,10 @@ class Request:
     skip_radix_cache_insert: bool = False
 
     @property
+    def full_untruncated_fill_ids(self) -> list[int]:
+        return self.tokens
+
+    @property
     def handle(self) -> CacheRequestHandle:
         return CacheRequestHandle(self.rid, 0)
 
