@@ -16,6 +16,7 @@ import pytest
 
 from sgl_lmcache.cpu.model import TINY, make_model
 from tests.server import weight_ways
+from tests.server.conftest import Tolerances
 from tests.server.traffic import prompt, push_out, reusable
 from tests.server.weight_ways import Way
 from tests.support.server import ANSWER_TIMEOUT_S, Answer, Server, wait_for
@@ -292,7 +293,7 @@ def test_update_of_a_server_paused_in_place(cached: Server, models: Models, thre
 
 @pytest.mark.parametrize("flush_cache", [True, False], ids=["flush", "no-flush"])
 def test_update_of_a_server_paused_by_retraction(
-    cached: Server, models: Models, thread: ThreadPoolExecutor, flush_cache: bool
+    cached: Server, models: Models, thread: ThreadPoolExecutor, tolerances: Tolerances, flush_cache: bool
 ) -> None:
     """The running request goes back to the queue, and is computed anew, with a flush by the new weights alone."""
     remember(cached)
@@ -310,7 +311,8 @@ def test_update_of_a_server_paused_by_retraction(
         assert again.host_tokens == reusable(whole)
         cached.flush()
         cold = cached.generate(whole)
-        assert (again.tokens, cold.cached_tokens) == (cold.tokens, 0)
+        assert cold.cached_tokens == 0
+        tolerances.batched.check(again, cold)  # what decoding has written is rounded otherwise than by prefill
     else:
         assert again.cached_tokens == 0
         check_forgotten(cached, models.new_answer)
