@@ -129,7 +129,7 @@ class Fetches:
 
     def drop(self, fetch: Fetch) -> None:
         """Nobody waits for it any more: forget it, unless it is loading, which others may profit from."""
-        if fetch not in self._loading:
+        if not fetch.is_over and fetch not in self._loading:
             self._end(fetch)
 
     def drop_all(self) -> None:

@@ -5,9 +5,9 @@ the free list and the index, so that at every moment
 
     free + incoming + resident + lingering == capacity
 
-and no slot has two owners. A slot lingers when its page was dropped by a reset while a lower tier still read or wrote
-it: it is nobody's until that has ended. Evictions happen here and only here, on demand, when slots are asked for: there
-is no watermark to poll and no background thread to race with.
+and no slot has two owners. A slot lingers when its page was dropped, or given up, while a lower tier still read or
+wrote it: it is nobody's until that has ended. Evictions happen here and only here, on demand, when slots are asked for:
+there is no watermark to poll and no background thread to race with.
 
 Of each page it is kept whether a lower tier is known to have it, or is about to. That is a hint, which the tier's own
 evictions make stale; so it is kept with the slot and forgotten with it. The tier knows best.

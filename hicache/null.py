@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 
-from hicache.tier import Batch, Capacity, Health, Tier
-
-
-def _done(value: int) -> Future[int]:
-    future: Future[int] = Future()
-    future.set_result(value)
-    return future
+from hicache.tier import Batch, Capacity, Health, Tier, answered
 
 
 class NullTier(Tier):
@@ -22,22 +16,22 @@ class NullTier(Tier):
         return "null"
 
     def exists(self, keys: bytes) -> Future[int]:
-        return _done(0)
+        return answered(0)
 
     def load(self, batch: Batch) -> Future[int]:
-        return _done(0)
+        return answered(0)
 
     def store(self, batch: Batch) -> Future[int]:
-        return _done(0)
+        return answered(0)
 
     def touch(self, key: bytes) -> None:
         pass
 
     def delete(self, keys: bytes) -> Future[int]:
-        return _done(0)
+        return answered(0)
 
     def clear(self) -> Future[int]:
-        return _done(0)
+        return answered(0)
 
     def expected_load_s(self, n_pages: int) -> float:
         return 0.0

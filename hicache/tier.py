@@ -83,6 +83,13 @@ def batches(run: Batch, n_pages: int) -> Iterator[tuple[int, Batch]]:
         yield end, Batch(run.keys[keys], run.parents[keys], run.tenant, run.slots[start:end], run.depth + start)
 
 
+def answered(value: int) -> Future[int]:
+    """A call that is done."""
+    future: Future[int] = Future()
+    future.set_result(value)
+    return future
+
+
 def answer_of(future: Future[int]) -> int:
     """The answer of a call that is done: 0 if the tier has failed, which it has counted and reported itself."""
     try:

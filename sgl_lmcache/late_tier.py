@@ -35,8 +35,7 @@ class LateTier(Tier):
         self._reason = "it is being opened"
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._open, name="sgl-lmcache-open", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._open, name="sgl-lmcache-open", daemon=True).start()
 
     def _open(self) -> None:
         try:

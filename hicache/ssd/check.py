@@ -19,7 +19,7 @@ from hicache.ssd.checksum import checksum, namespace_seed, seeds
 from hicache.ssd.directory import FORMAT, StoreFolder, data_files, is_own_file, stores_in
 from hicache.ssd.locks import N_TRIES, StoreError, attempts, lock_store
 from hicache.ssd.map import TRANSACTION_ROWS, ForeignMap, Identity, Map, PageRows, delete_map, is_damage
-from hicache.ssd.pages import ROOT_KEY
+from hicache.tier import ROOT_KEY
 from radix import KEY_NBYTES
 from transfer.files import segment_of
 

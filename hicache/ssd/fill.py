@@ -18,8 +18,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from hicache.ssd.map import NO_ROWS, Int64Array, NewMap, PageRows, joined
-from hicache.ssd.pages import ROOT_KEY
 from hicache.ssd.volume import Volume
+from hicache.tier import ROOT_KEY
 from radix import KEY_NBYTES
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from hicache.ssd.pages import Read
 from hicache.ssd.volume import READ_NBYTES, Volume
 from hicache.ssd.workers import Work
 from hicache.tier import Batch, TierError
+from radix import KEY_NBYTES
 
 
 def ask_load(volume: Volume, batch: Batch, future: Future[int]) -> None:
@@ -54,7 +55,7 @@ class _Loading:
         self.volume = volume
         self.read = read
         self.slab_slots = batch.slots[: len(read)]
-        self.seeds = seeds(batch.keys[: 32 * len(read)], volume.seed)
+        self.seeds = seeds(batch.keys[: KEY_NBYTES * len(read)], volume.seed)
         self._future = future
         self._damaged = np.zeros(len(read), np.bool_)
         self._n_tried = len(read)

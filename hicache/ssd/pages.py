@@ -21,18 +21,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hicache.ssd.map import NO_SLOTS, Int64Array, PageRows
+from hicache.tier import ROOT_KEY
 from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 from transfer.slots import SlotAllocator
 
 Slots = NDArray[np.int32]
-
-ROOT_KEY: Final = bytes(KEY_NBYTES)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

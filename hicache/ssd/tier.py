@@ -36,7 +36,7 @@ from hicache.ssd.sizes import FIXED_NBYTES, MAP_SLOT_NBYTES
 from hicache.ssd.stores import Stores
 from hicache.ssd.volume import Spec, Volume
 from hicache.ssd.workers import Workers
-from hicache.tier import Batch, Capacity, Health, Tier
+from hicache.tier import Batch, Capacity, Health, Tier, answered
 from radix import KEY_NBYTES, POLICIES
 from transfer.files import System
 
@@ -132,11 +132,11 @@ class SsdTier(Tier):
     def exists(self, keys: bytes) -> Future[int]:
         volume = self._volume
         if self._refuses_reads():
-            return _done(0)
+            return answered(0)
         with volume.lock:
             n_found, is_filling = volume.pages.n_found(keys), volume.is_filling
         if not is_filling or n_found * KEY_NBYTES == len(keys):
-            return _done(n_found)
+            return answered(n_found)
 
         future = _pending()
 
@@ -152,7 +152,7 @@ class SsdTier(Tier):
     def load(self, batch: Batch) -> Future[int]:
         volume = self._volume
         if self._refuses_reads():
-            return _done(0)
+            return answered(0)
         future = _pending()
         with volume.lock:
             must_look = volume.is_filling and volume.pages.n_found(batch.keys) < len(batch)
@@ -169,7 +169,7 @@ class SsdTier(Tier):
 
     def store(self, batch: Batch) -> Future[int]:
         if self._closed or self._is_hung() or self._volume.writes.is_open:
-            return _done(0)
+            return answered(0)
         future = _pending()
         self._stores.ask(batch, future)
         return future
@@ -180,7 +180,7 @@ class SsdTier(Tier):
 
     def delete(self, keys: bytes) -> Future[int]:
         if self._closed:
-            return _done(0)
+            return answered(0)
         future = _pending()
 
         def answer() -> None:
@@ -204,7 +204,7 @@ class SsdTier(Tier):
 
     def clear(self) -> Future[int]:
         if self._closed:
-            return _done(0)
+            return answered(0)
         future = _pending()
         self._keeper.call(lambda: future.set_result(self._keeper.clear()), future, after_fill=True)
         return future
@@ -212,7 +212,7 @@ class SsdTier(Tier):
     def flush(self) -> Future[int]:
         """Done when the map names all that is stored now, so that a crash loses none of it. Answers 0."""
         if self._closed:
-            return _done(0)
+            return answered(0)
         future = _pending()
         self._keeper.call(lambda: future.set_result(self._keeper.flush()), future, after_fill=True)
         return future
@@ -327,10 +327,4 @@ def _pending() -> Future[int]:
     """A future that cannot be cancelled: it is done when no thread is at its slots any more."""
     future: Future[int] = Future()
     future.set_running_or_notify_cancel()
-    return future
-
-
-def _done(value: int) -> Future[int]:
-    future: Future[int] = Future()
-    future.set_result(value)
     return future

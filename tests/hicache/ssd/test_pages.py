@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hicache.ssd.pages import ROOT_KEY, Pages
+from hicache.ssd.pages import Pages
+from hicache.tier import ROOT_KEY
 from tests.hicache.tier_contract import chain
 from tests.support.tiers import split
 
