@@ -213,6 +213,7 @@ class PrefillsMachine(RuleBasedStateMachine):
         self.rig = Rig()
         self.waiting: list[tuple[str, Prefill]] = []
         self.running: list[tuple[str, int, Prefill]] = []
+        """With how many pages at the head of its path have been seen published since it runs, by whomever."""
         self.published: set[str] = set()
 
     def n_there(self, path: str) -> int:
@@ -227,6 +228,7 @@ class PrefillsMachine(RuleBasedStateMachine):
     def schedule(self, n_admitted: int) -> None:
         """One pass: everybody asks, in order; the first n who are let in are launched, the others found no room."""
         self.rig.next_pass()
+        self.running = [(path, max(seen, self.n_there(path)), prefill) for path, seen, prefill in self.running]
         let_in = [(path, prefill) for path, prefill in self.waiting if self.rig.prefills.enter(prefill)]
         assert let_in or self.running or not self.waiting, "everybody waits, and nobody runs"
         for path, prefill in let_in[:n_admitted]:
@@ -270,11 +272,11 @@ class PrefillsMachine(RuleBasedStateMachine):
             self.published.remove(leaf)
 
     def nobody_computes_this_already(self, path: str) -> None:
-        """But for a few pages, and for those that another has computed, published and lost."""
+        """But for a few pages, and for those that were published while the other ran, and have been lost since."""
         lacking = self.n_there(path)
-        for other, progress, _ in self.running:
+        for other, seen, _ in self.running:
             n_common = sum(path[: n + 1] == other[: n + 1] for n in range(min(len(path), len(other))))
-            if progress <= lacking < n_common:
+            if seen <= lacking < n_common:
                 assert n_common - lacking < MACHINE_MIN_SHARED, f"{path} and {other} are computed side by side"
                 assert n_common < len(path), f"{path} is all computed by {other}"
 

@@ -254,6 +254,7 @@ def test_ranks_that_diverge_while_the_disk_of_one_hangs_are_tainted_for_good_and
     two.drain()
     for engine in engines:
         engine.check_invariants()
+    two.close()
 
 
 def drain_step_of_tiers(scheduler: Scheduler) -> None:
