@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
-from hicache.ssd.checksum import checksum, namespace_seed, seeds
+from hicache.checksum import checksum, namespace_seed, seeds
 from hicache.ssd.directory import FORMAT, StoreFolder, data_files, is_own_file, stores_in
 from hicache.ssd.locks import N_TRIES, StoreError, attempts, lock_store
 from hicache.ssd.map import TRANSACTION_ROWS, ForeignMap, Identity, Map, PageRows, delete_map, is_damage

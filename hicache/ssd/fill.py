@@ -60,6 +60,7 @@ class Fill:
         yield from self._insert()
         yield from self._free()
         yield from self._order()
+        yield from self._give_memory_back()
         if volume.map.is_damaged:
             yield from rebuild_map(volume)
         with volume.lock:
@@ -110,6 +111,7 @@ class Fill:
         yield from self._make_newest(order, used_before=began_at)
         for _ in range(_MAX_ROUNDS):
             until = pages.clock + 1
+            yield
             yield from self._make_newest(pages.used_since(began_at), used_before=until)
             began_at = until
 
@@ -117,6 +119,12 @@ class Fill:
         for first in range(0, len(slots), SLICE):
             with self._volume.lock:
                 self._volume.pages.make_newest(slots[first : first + SLICE], used_before)
+            yield
+
+    def _give_memory_back(self) -> Iterator[None]:
+        """A column a step, since the system takes it back while the interpreter's lock is held."""
+        for column in (self._keys, self._parents, self._depths, self._checksums, self._last_uses):
+            column.resize(0, refcheck=False)
             yield
 
     # ---- rows ----

@@ -6,11 +6,11 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from hicache.ssd.checksum import checksum, seeds
+from hicache.checksum import checksum, seeds
 from hicache.ssd.pages import Read
 from hicache.ssd.volume import READ_NBYTES, Volume
-from hicache.ssd.workers import Work
 from hicache.tier import Batch, TierError
+from hicache.workers import Work
 from radix import KEY_NBYTES
 
 

@@ -19,11 +19,11 @@ from typing import Final
 
 import numpy as np
 
-from hicache.ssd.checksum import checksum, seeds
+from hicache.checksum import checksum, seeds
 from hicache.ssd.pages import Slots
 from hicache.ssd.volume import WRITE_NBYTES, Volume
-from hicache.ssd.workers import Work
 from hicache.tier import Batch, TierError
+from hicache.workers import Work
 from radix import KEY_NBYTES, Rows, State
 
 _NO_ROWS: Rows = np.empty(0, np.int32)

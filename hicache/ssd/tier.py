@@ -35,8 +35,8 @@ from hicache.ssd.opening import open_store
 from hicache.ssd.sizes import FIXED_NBYTES, MAP_SLOT_NBYTES
 from hicache.ssd.stores import Stores
 from hicache.ssd.volume import Spec, Volume
-from hicache.ssd.workers import Workers
 from hicache.tier import Batch, Capacity, Health, Tier, answered
+from hicache.workers import Workers
 from radix import KEY_NBYTES, POLICIES
 from transfer.files import System
 
@@ -110,7 +110,7 @@ class SsdTier(Tier):
             with ExitStack() as undo:
                 opened = open_store(spec)
                 undo.callback(opened.close)
-                workers = Workers(N_THREADS, clock)
+                workers = Workers("ssd", N_THREADS, clock)
                 undo.callback(workers.stop, close_timeout_s)
                 tier = cls(
                     Volume(replace(spec, device=os.stat(path).st_dev), opened, workers, clock),

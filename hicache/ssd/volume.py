@@ -20,15 +20,15 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hicache.ssd.breaker import Breaker
-from hicache.ssd.checksum import namespace_seed
+from hicache.breaker import Breaker
+from hicache.checksum import namespace_seed
 from hicache.ssd.counters import Counters
 from hicache.ssd.directory import StoreFolder
 from hicache.ssd.locks import Lock
 from hicache.ssd.map import Identity, Map, is_damage
 from hicache.ssd.pages import Pages, Slots
 from hicache.ssd.sizes import Geometry
-from hicache.ssd.workers import Workers
+from hicache.workers import Workers
 from transfer.files import ALIGNMENT_NBYTES, SegmentFiles, System
 
 logger = logging.getLogger(__name__)

@@ -304,7 +304,7 @@ def main() -> int:
     elif arguments.what == "guard":
         figures = run_guard(arguments.rounds or 15, arguments.path)
     else:
-        figures = run_auto(arguments.tokens or 2000, arguments.rounds or 20, arguments.path)
+        figures = run_auto(arguments.tokens or 1000, arguments.rounds or 20, arguments.path)
     show(figures, as_json=arguments.json)
     return 0
 

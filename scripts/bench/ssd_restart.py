@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from bench.ssd_paths import BLOCK_NBYTES, NAMESPACE, SWITCH_INTERVAL_S, open_tier, path, path_keys, random_slab
 
+from hicache.checksum import checksum, namespace_seed, seeds
 from hicache.ssd import SsdTier, limit_for
-from hicache.ssd.checksum import checksum, namespace_seed, seeds
 from hicache.ssd.directory import store_folder
 from hicache.ssd.map import Identity, PageRows
 from hicache.ssd.opening import open_store

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hicache.breaker import Breaker
 from hicache.ssd import SsdTier
-from hicache.ssd.breaker import Breaker
 from hicache.ssd.map import Map, NewMap
 from tests.hicache.ssd.stores import Slab, make_slab, open_tier, pages, settle, wait_until
 from tests.support.clock import Clock

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hicache.ssd import SsdTier
-from hicache.ssd.workers import Work
+from hicache.workers import Work
 from tests.hicache.ssd.stores import SLOT_NBYTES, make_slab, open_tier, pages, settle, wait_until
 from tests.support.disk import Disk
 

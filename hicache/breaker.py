@@ -1,17 +1,22 @@
-"""When to stop asking a disk that fails, and when to ask again.
+"""When to stop asking a store that fails, and when to ask again.
 
 A breaker is closed while all is well. The first failure opens it: from then on nobody asks. After a second, and then
-after twice as long each time, up to a minute, one trial may tell that the disk is back. If it soon fails again, that
-counts as one more trial that failed.
+after twice as long each time, up to a minute, one trial may tell that the store is back. If it soon fails again, that
+counts as one more trial that failed. Each pause is shorter by a random part, so that servers that share a store do not
+come back to it all at once.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Final
 
 FIRST_RETRY_S: Final = 1.0
 LAST_RETRY_S: Final = 60.0
+
+JITTER: Final = 0.25
+"""A pause is shorter by up to this part of it."""
 
 CALM_S: Final = 180.0
 """After so long without a failure the first pause is short again."""
@@ -54,7 +59,7 @@ class Breaker:
     def failed(self) -> None:
         """The trial failed: the next is later."""
         self._pause_s = min(2 * self._pause_s, LAST_RETRY_S)
-        self._retry_at_s = self._clock() + self._pause_s
+        self._retry_at_s = self._clock() + self._pause_s * (1 - JITTER * random.random())
 
     def close(self) -> None:
         """The trial went well."""

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from hicache.ssd.workers import Speed, Work, Workers
+from hicache.workers import Speed, Work, Workers
 from tests.support.clock import Clock
 
 
@@ -68,7 +68,7 @@ class Step(Work):
 )
 def test_a_write_that_has_waited_for_long_goes_before_reads(waited_s: float, order: list[str]) -> None:
     clock, gate, done = Clock(), threading.Event(), list[str]()
-    workers = Workers(1, clock)
+    workers = Workers("test", 1, clock)
     first = Step("read 0", done, gate)
     workers.submit([first])
     assert first.begun.wait(20)
@@ -84,7 +84,7 @@ def test_a_write_that_has_waited_for_long_goes_before_reads(waited_s: float, ord
 
 def test_only_one_thread_prefers_writes() -> None:
     clock, gates, done = Clock(), [threading.Event() for _ in range(4)], list[str]()
-    workers = Workers(4, clock)
+    workers = Workers("test", 4, clock)
     busy = [Step("read 0", done, gate) for gate in gates]
     workers.submit(busy)
     assert all(step.begun.wait(20) for step in busy)

@@ -1,7 +1,9 @@
-"""The I/O threads and their queue: reads before writes, and writes on half of the threads at most. A write that has
-waited for long goes first, on one thread, so that reads without end do not keep stores from the disk.
+"""The I/O threads of a tier and their queue: reads before writes, and writes on half of the threads at most.
 
-A piece of work has two halves: `run` moves bytes and may block for as long as the disk likes; `finish` keeps books and
+A write that has waited for long goes first, on one thread, so that reads without end do not keep stores from being
+written.
+
+A piece of work has two halves: `run` moves bytes and may block for as long as the store likes; `finish` keeps books and
 does not. Work that is withdrawn before a thread has taken it is finished without being run.
 """
 
@@ -18,11 +20,11 @@ from typing import Final
 logger = logging.getLogger(__name__)
 
 _FORGET_AT_S: Final = 4.0
-"""The speed is that of the last few seconds in which the disk was read."""
+"""The speed is that of the last few seconds in which the store was read."""
 
 _STALE_S: Final = 60.0
-"""A speed that was measured so long ago says nothing: whoever never asks a slow disk would never learn that it is fast
-again."""
+"""A speed that was measured so long ago says nothing: whoever never asks a slow store would never learn that it is
+fast again."""
 
 
 _PATIENCE_S: Final = 0.5
@@ -30,9 +32,11 @@ _PATIENCE_S: Final = 0.5
 
 
 class Work(ABC):
-    """Some neighbouring slots to be read or written. `error` says why they were not, `withdrawn` that nobody tried."""
+    """Some slots to be read or written. `error` says why they were not, `withdrawn` that nobody tried."""
 
     is_read: bool
+    is_urgent = False
+    """Goes before others of its kind."""
     nbytes: int
     error: Exception | None = None
     withdrawn: bool = False
@@ -80,12 +84,13 @@ class Speed:
 
 
 class Workers:
-    """Daemon threads, so a hanging disk does not keep the interpreter alive. Any thread may call any method.
+    """Daemon threads, so a store that hangs does not keep the interpreter alive. Any thread may call any method.
 
-    Raises RuntimeError if the system gives no more threads.
+    tier: its name, for the threads' names and the log. Raises RuntimeError if the system gives no more threads.
     """
 
-    def __init__(self, n_threads: int, clock: Callable[[], float]) -> None:
+    def __init__(self, tier: str, n_threads: int, clock: Callable[[], float]) -> None:
+        self._tier = tier
         self.n_crashes = 0
         self._clock = clock
         self._max_writing = max(1, n_threads // 2)
@@ -97,7 +102,7 @@ class Workers:
         self._speed = Speed()
         self._changed = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._serve, name=f"sgl-lmcache-ssd-{i}", daemon=True) for i in range(n_threads)
+            threading.Thread(target=self._serve, name=f"sgl-lmcache-{tier}-{i}", daemon=True) for i in range(n_threads)
         ]
         try:
             for thread in self._threads:
@@ -109,14 +114,18 @@ class Workers:
             raise
 
     def submit(self, work: Sequence[Work]) -> None:
-        """Queue these, all reads or all writes, behind others of their kind. Finished at once after `stop`."""
+        """Queue these, of one kind and urgency. Finished at once after `stop`."""
         with self._changed:
             stopped = self._stopped
             if not stopped and work:
                 now_s = self._clock()
                 for piece in work:
                     piece.submitted_at_s = now_s
-                (self._reads if work[0].is_read else self._writes).extend(work)
+                queue = self._reads if work[0].is_read else self._writes
+                if work[0].is_urgent:
+                    queue.extendleft(reversed(work))
+                else:
+                    queue.extend(work)
                 self._changed.notify(len(work))
         if stopped:
             self._withdraw(work)
@@ -137,7 +146,7 @@ class Workers:
             yield
         except Exception:
             self.n_crashes += 1
-            logger.exception("sgl_lmcache: an I/O thread of the SSD tier met a bug")
+            logger.exception("sgl_lmcache: an I/O thread of the %s tier met a bug", self._tier)
 
     @property
     def n_queued(self) -> tuple[int, int]:
@@ -180,7 +189,7 @@ class Workers:
             work.error = error
         except Exception as error:
             self.n_crashes += 1
-            logger.exception("sgl_lmcache: an I/O thread of the SSD tier met a bug")
+            logger.exception("sgl_lmcache: an I/O thread of the %s tier met a bug", self._tier)
             work.error = error
         try:
             work.finish()
