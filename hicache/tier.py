@@ -20,9 +20,10 @@ What every tier promises:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,13 +75,17 @@ class Batch:
         parents = ((parent or ROOT_KEY) + keys)[: len(keys)]
         return cls(keys, parents, "", slots, depth)
 
+    def part(self, start: int, end: int) -> Batch:
+        """Its pages `start` to `end`."""
+        keys = slice(start * KEY_NBYTES, end * KEY_NBYTES)
+        return Batch(self.keys[keys], self.parents[keys], self.tenant, self.slots[start:end], self.depth + start)
+
 
 def batches(run: Batch, n_pages: int) -> Iterator[tuple[int, Batch]]:
     """`run` in batches of at most n_pages, in path order, each with where it ends in the run."""
     for start in range(0, len(run), n_pages):
         end = min(start + n_pages, len(run))
-        keys = slice(start * KEY_NBYTES, end * KEY_NBYTES)
-        yield end, Batch(run.keys[keys], run.parents[keys], run.tenant, run.slots[start:end], run.depth + start)
+        yield end, run.part(start, end)
 
 
 def answered(value: int) -> Future[int]:
@@ -96,6 +101,25 @@ def answer_of(future: Future[int]) -> int:
         return future.result(timeout=0)
     except (TierError, CancelledError):
         return 0
+
+
+def total(futures: Sequence[Future[int]]) -> Future[int]:
+    """Done when all of these are, of which there is one at least: their sum, or the error of the first that failed."""
+    whole: Future[int] = Future()
+    n_ended = count(1)  # one step of it is atomic, and threads of several tiers take them
+
+    def end(_: Future[int]) -> None:
+        if next(n_ended) < len(futures):
+            return
+        error = next(filter(None, (future.exception() for future in futures)), None)
+        if error is None:
+            whole.set_result(sum(future.result() for future in futures))
+        else:
+            whole.set_exception(error)
+
+    for future in futures:
+        future.add_done_callback(end)
+    return whole
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,44 @@
+"""Whether a server lets us do what the tier does: at the start, after a failure, and for `sgl-lmcache doctor`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hicache.valkey.nodes import Node, Nodes
+from hicache.valkey.values import PREFIX
+from hicache.valkey.wire import refusal
+
+_READING: Final = ("EXISTS", "GETEX")
+
+
+class RefusedError(OSError):
+    """A server refuses one of the commands that the tier needs: the sentence says which, and how."""
+
+    def __init__(self, command: str, text: str) -> None:
+        super().__init__(f"refuses {command}: {text}")
+        self.is_of_writing = command not in _READING
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def check_rights(nodes: Nodes, node: Node, namespace: str) -> None:
+    """Try each command on a key of its own, which is gone a second later.
+
+    Blocks. Raises OSError, of which `RefusedError` is a kind. A cluster's node that does not serve this key says so
+    instead, which is as good.
+    """
+    name = f"{PREFIX}{namespace}:probe".encode()
+    commands = (
+        (b"EXISTS", name),
+        (b"SET", name, b"1", b"EX", b"1"),
+        (b"EXPIRE", name, b"1"),
+        (b"GETEX", name, b"EX", b"1"),
+        (b"UNLINK", name),
+    )
+    with node.borrow() as wire:
+        lines = [wire.one(command) for command in commands]
+    for command, line in zip(commands, lines, strict=True):
+        why = refusal(line)
+        if line.startswith(b"-") and nodes.redirected(why, node) is None:
+            raise RefusedError(command[0].decode(), why.text)
