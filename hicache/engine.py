@@ -1,4 +1,4 @@
-"""The engine joins the index, the host tier, the tier below it and the tickets: every decision about KV is taken here.
+"""The engine joins the index, the host tier, the tiers below it and the tickets: every decision about KV is taken here.
 
 It never moves a byte. A caller that has a page in HBM says `begin_offload` and is told which slots to fill, copies, and
 says `finish_offload`; a caller that wants pages back says `lookup`, then `begin_restore`, is told which slots to read,
@@ -11,7 +11,7 @@ or writes is evicted or given away. That is the whole protocol:
 Three rules make the host tier usable as a promise to SGLang:
 
 - It is closed under prefixes: a page is admitted only below a parent that is held. Eviction is leaf-first, so it stays
-  closed, and a lookup is one walk that stops at the first page that is not resident. Pages of a lower tier are brought
+  closed, and a lookup is one walk that stops at the first page that is not resident. Pages of lower tiers are brought
   in (`hicache.fetches`) before they are promised, while their request waits in the queue.
 - What a lookup has reported cannot be evicted in the same tick, because SGLang evicts and allocates between its lookup
   and its load. The caller ticks once a scheduler iteration.
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from hicache.fetches import NO_ROWS, Fetch, true_prefix
 from hicache.host import HostTier, Slots
-from hicache.lower import Lower
+from hicache.lower import Lower, LowerTier
 from hicache.prefills import Prefill, Prefills
 from hicache.speed import PrefillSpeed
 from hicache.stats import Stats
@@ -54,7 +54,7 @@ FOLLOW_TIMEOUT_S = 60.0
 release its followers; this bounds what a fault in that reasoning could cost."""
 
 STAND_DOWN_S = 5.0
-"""How long ranks that have come to disagree wait for a tier to end what it has under way."""
+"""How long ranks that have come to disagree wait for the tiers to end what they have under way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,9 +83,12 @@ class Engine:
     max_leased_share: how much of the host tier waiting requests may pin together, from 0 to 1. Beyond it a ticket opens
         without leases: its request still hits what is there when it is admitted, but the pages may leave before that.
     clock: monotonic seconds, for deadlines only.
-    tier: what lies below host memory; the engine closes it. batch_pages: the most that one call of the tier moves.
-    fetch_only_if_faster: compute what the tier would take longer to load, by what was measured of both.
+    tiers: what lies below host memory, fastest first; the engine closes them. batch_pages: the most that one call of a
+        tier moves.
+    fetch_only_if_faster: compute what the tiers would take longer to load, by what was measured of both.
     fetch_timeout_s: how long a load may take before its pages are given up, whether somebody waits for it or not.
+
+    Raises ValueError for a write policy that does not exist.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class Engine:
         clock: Callable[[], float],
         ticket_timeout_s: float = 5.0,
         max_leased_share: float = 0.5,
-        tier: Tier | None = None,
+        tiers: Sequence[LowerTier] = (),
         batch_pages: int = 16,
         fetch_only_if_faster: bool = False,
         fetch_timeout_s: float = 5.0,
@@ -106,9 +109,9 @@ class Engine:
         self.host = HostTier(index, n_slots, self.stats)
         self.prefill_speed = PrefillSpeed()
         self.below: Lower | None = None
-        if tier is not None:
+        if tiers:
             self.below = Lower(
-                tier,
+                tiers,
                 index,
                 self.host,
                 self.stats,
@@ -191,7 +194,7 @@ class Engine:
             self.host.land(offload.rows)
             self.stats.offloaded += len(offload.rows)
             if self.below is not None and not self.tainted:
-                self.below.spills.offer(int(offload.rows[-1]))
+                self.below.landed(int(offload.rows[-1]))
         else:
             self.host.abandon(offload.rows)
             self.stats.failed += len(offload.rows)
@@ -265,6 +268,7 @@ class Engine:
         self._tickets.add(ticket)
         self._lease_for(ticket, held)
         if self.below is not None and not self.tainted:
+            self.below.touched(held)
             ticket.fetch = self.below.open_fetch(keys, parent, held)
         if self._is_arriving(ticket):
             ticket.verdict = Verdict.WAIT
@@ -311,6 +315,8 @@ class Engine:
 
     def launch(self, ticket: Ticket) -> Prefill:
         """The request's batch has been launched: its ticket is closed. `end_prefill` what this returns, once."""
+        if self.below is not None and not self.tainted:  # what others have computed while it waited, it uses as well
+            self.below.touched(self._held_path(ticket.prefill.keys, None))
         self.close_ticket(ticket)
         self._prefills.launch(ticket.prefill)
         return ticket.prefill
@@ -439,7 +445,7 @@ class Engine:
         self.index.tick()
 
     def reset(self) -> None:
-        """Drop everything, in HBM's mirror and in host memory, and a taint with it. The tier below keeps what it has.
+        """Drop everything, in HBM's mirror and in host memory, and a taint with it. Tiers below keep what they have.
 
         No copy may be running: the caller quiesces first. What a disk still reads or writes keeps its slots until it
         has ended, however long that takes. Prefills that run go on, and lead nobody any more.
@@ -455,22 +461,19 @@ class Engine:
         self.digest = 0
         self.stats.resets += 1
 
-    def replace_tier(self, tier: Tier) -> None:
-        """Go on with another tier below, for other names. The old one is the caller's to close."""
+    def replace_tiers(self, tiers: Sequence[Tier]) -> None:
+        """Go on with as many other tiers below, in the same order, for other names. The caller closes the old ones."""
         assert self.below is not None
-        self.below.replace(tier)
+        self.below.replace(tiers)
 
     def clear_below(self) -> Future[int] | None:
-        """Empty the tier below. The future tells when, and how many pages it had; None: there is no such tier."""
-        if self.below is None:
-            return None
-        self.host.forget_what_is_below()
-        return self.below.tier.clear()
+        """Empty the tiers below. The future tells when, and how many pages they had; None: there is no such tier."""
+        return None if self.below is None else self.below.clear()
 
     def stand_down(self) -> bool:
         """The ranks have come to disagree: taint, and end what is under way below by this rank's own knowledge.
 
-        Blocks until the tier has ended it. False: it hangs as well. If it does on any rank, all have to `retire`.
+        Blocks until the tiers have ended it. False: one hangs as well. If one does on any rank, all have to `retire`.
         """
         self.taint()
         self.has_decided = False
@@ -478,18 +481,17 @@ class Engine:
         return self.below is None or self.below.settle(STAND_DOWN_S)
 
     def retire(self) -> None:
-        """Slots are lost to all agreement: tainted for good, and nothing is asked of the tier below any more."""
+        """Slots are lost to all agreement: tainted for good, and nothing is asked of the tiers below any more."""
         self._is_retired = True
         if self.below is not None:
-            self.host.linger(self.below.fetches.detach())
-            self.below.spills.detach()
+            written, *_ = self.below.detach()
+            self.host.linger(written)
             self.below = None
 
     def close(self) -> None:
-        """Close the tier below. Blocks; what it has under way ends or is given up."""
+        """Close the tiers below. Blocks; what they have under way ends or is given up."""
         if self.below is not None:
-            self.below.tier.close()
-            self.below.settle(0)
+            self.below.close()
 
     def check_invariants(self) -> None:
         """Raises AssertionError that names what is broken. Scans everything: for tests and debugging."""

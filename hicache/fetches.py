@@ -1,10 +1,10 @@
-"""Pages on their way up: what waiting requests lack in host memory, and a lower tier may have.
+"""Pages on their way up: what waiting requests lack in host memory, and lower tiers may have.
 
 A fetch goes through three lines, each in the order in which requests arrived:
 
-    probing    the tier has been asked how many of the pages it holds; nothing is reserved yet
-    found      it has told; the fetch waits for its turn, and for room
-    loading    slots are taken and leased, their pages INCOMING, and the tier fills them
+    probing    the tiers have been asked how many of the pages they hold (`hicache.probe`); nothing is reserved yet
+    found      they have told; the fetch waits for its turn, and for room
+    loading    slots are taken and leased, their pages INCOMING, and the tiers fill them
 
 The answers come from threads and disks, so each rank of a server sees them at another time, and a disk may answer one
 rank less than another. Nothing follows from them here. A rank reports what it sees of the first and of the last line
@@ -17,7 +17,7 @@ below a page that is resident only, so that what has landed can be reached from 
 
 A load that takes too long is given up: its pages are as if they had never been there, so that they can be computed and
 kept. Slots that a disk may still write are nobody's until it is done, whatever has happened to their pages: they linger
-with their fetch, which gives them back when the tier says so.
+with their fetch, which gives them back when the tier says so. No other tier is asked for such pages.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from itertools import islice
 import numpy as np
 
 from hicache.host import HostTier, Slots
+from hicache.probe import Load, Probe
 from hicache.stats import Stats
-from hicache.tier import Batch, Tier, answer_of, batches
+from hicache.tier import Batch, Tier
 from hicache.waits import Waits
 from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 
@@ -40,6 +41,9 @@ N_REPORTED = 8
 
 REPORT_SIZE = 1 + 2 * 2 * N_REPORTED
 """Numbers in a report: how many loads are overdue, and a pair for each place in both lines."""
+
+PATIENCE_SHARE = 0.1
+"""Of the time that a load may take: how long a tier that does not answer holds up what others have found."""
 
 NO_ROWS: Rows = np.empty(0, dtype=np.int32)
 
@@ -57,45 +61,50 @@ class Fetch:
     """How many pages lie above the first of `keys`."""
     n_in_hbm: int
     """How many of the first pages HBM has now: not worth a fetch by themselves."""
-    probe: Future[int]
+    probe: Probe
     n_found: int = 0
-    """How many pages all ranks are to fetch, of those that the tier has."""
+    """How many pages all ranks are to fetch, of those that the tiers have."""
     is_declined: bool = False
-    """On this rank: not worth it."""
+    """On this rank: all or some of it are not worth it."""
     start: int = 0
     rows: Rows = field(default_factory=lambda: NO_ROWS)
     slots: Slots = field(default_factory=lambda: NO_ROWS)
-    loads: Sequence[tuple[int, Future[int]]] = ()
-    """Of each batch, where it ends in `rows`, and the tier's answer."""
+    loads: Sequence[tuple[int, Load]] = ()
+    """The batches, each with where it ends in `rows`."""
     n_landed: int = 0
     is_over: bool = False
     lingering: Slots | None = None
-    """Slots that the tier may still write, of pages that have been given up."""
+    """Slots that a tier may still write, of pages that have been given up."""
     _n_seen: int = 0
     _n_settled: int = 0
     _n_good: int = 0
 
     def seen(self) -> tuple[int, int]:
-        """Of the pages that are loaded: how many, from the first, the tier has ended with, and how many are good."""
+        """Of the pages that are loaded: how many, from the first, the tiers have ended with, and how many are good."""
         while self._n_seen < len(self.loads) and self.loads[self._n_seen][1].done():
-            end, future = self.loads[self._n_seen]
+            end, load = self.loads[self._n_seen]
             if self._n_good == self._n_settled:
-                self._n_good += answer_of(future)
+                self._n_good += load.n_good
             self._n_settled = end
             self._n_seen += 1
         return self._n_settled, self._n_good
+
+    def ask_no_other(self) -> None:
+        """What the tiers that are at it now do not bring is not wanted any more."""
+        for _, load in self.loads:
+            load.ask_no_other()
 
 
 class Fetches:
     """See the module's text. One thread, that of the engine.
 
-    max_pages: how many slots may be on their way up at a time. batch_pages: the most that one call of the tier loads.
-    timeout_s, clock: how long a load may take, and by what clock.
+    max_pages: how many slots may be on their way up at a time. batch_pages: the most that one call of a tier loads.
+    timeout_s, clock: how long a load may take, and by what clock. landed: told of rows whose pages have landed.
     """
 
     def __init__(
         self,
-        tier: Tier,
+        tiers: Sequence[Tier],
         index: Index,
         host: HostTier,
         stats: Stats,
@@ -104,13 +113,17 @@ class Fetches:
         batch_pages: int,
         timeout_s: float,
         clock: Callable[[], float],
+        landed: Callable[[Rows], None],
     ) -> None:
-        self.tier = tier
+        self.tiers = tiers
         self._index = index
         self._host = host
         self._stats = stats
         self._max_pages = max(1, max_pages)
         self._batch_pages = batch_pages
+        self._patience_s = timeout_s * PATIENCE_SHARE
+        self._clock = clock
+        self._tell_landed = landed
         self._probing: dict[Fetch, None] = {}
         self._found: dict[Fetch, None] = {}
         self._loading: dict[Fetch, None] = {}
@@ -122,8 +135,9 @@ class Fetches:
         return len(self._probing) + len(self._found) + len(self._loading)
 
     def open(self, keys: bytes, parent: bytes | None, depth: int, n_in_hbm: int) -> Fetch:
-        """Ask the tier for these pages. The fetch `is_over` when there is nothing more to wait for."""
-        fetch = Fetch(keys, parent, depth, n_in_hbm, self.tier.exists(keys))
+        """Ask the tiers for these pages. The fetch `is_over` when there is nothing more to wait for."""
+        probe = Probe(self.tiers, keys, clock=self._clock, patience_s=self._patience_s)
+        fetch = Fetch(keys, parent, depth, n_in_hbm, probe)
         self._probing[fetch] = None
         return fetch
 
@@ -172,19 +186,24 @@ class Fetches:
     def _seen_of_probe(self, fetch: Fetch, is_worth: Callable[[Fetch, int], bool]) -> tuple[int, int]:
         if not fetch.probe.done():
             return 0, 0
-        n_found = answer_of(fetch.probe)
-        if n_found and not is_worth(fetch, n_found):
-            self._stats.fetches_declined += not fetch.is_declined
+        ends = [end for _, _, end in fetch.probe.shares()]
+        n_worth = next((end for end in reversed(ends) if is_worth(fetch, end)), 0)
+        if n_worth < fetch.probe.n_found and not fetch.is_declined:
+            self._stats.fetches_declined += 1
             fetch.is_declined = True
-            n_found = 0
-        return 1, n_found
+        return 1, n_worth
 
     def futures(self) -> list[Future[int]]:
         """Of the loads that are under way."""
-        return [future for fetch in self._loading for _, future in fetch.loads]
+        return [load.future for fetch in self._loading for _, load in fetch.loads]
+
+    def ask_no_other(self) -> None:
+        """What the tiers that are at it now do not bring is not wanted any more."""
+        for fetch in self._loading:
+            fetch.ask_no_other()
 
     def settle(self) -> bool:
-        """End by this rank's own knowledge what the tier has ended. Returns whether that is everything."""
+        """End by this rank's own knowledge what the tiers have ended. Returns whether that is everything."""
         self.drop_all()
         for fetch in tuple(self._loading):
             self._advance(fetch, *fetch.seen())
@@ -253,14 +272,16 @@ class Fetches:
         fetch.start = fetch.depth + first
         fetch.rows, fetch.slots = admitted, self._host.slots(admitted)
         run = Batch.below(above, keys[: len(admitted) * KEY_NBYTES], fetch.slots, fetch.start)
-        fetch.loads = [(end, self.tier.load(batch)) for end, batch in batches(run, self._batch_pages)]
+        fetch.loads = fetch.probe.load(run, first, self._batch_pages)
         return True
 
     def _advance(self, fetch: Fetch, n_settled: int, n_good: int) -> None:
         if fetch.lingering is None and n_good > fetch.n_landed:
-            self._host.land(fetch.rows[fetch.n_landed : n_good], stored_below=True)
-            self._stats.fetched += n_good - fetch.n_landed
+            landed = fetch.rows[fetch.n_landed : n_good]
+            self._host.land(landed)
+            self._stats.fetched += len(landed)
             fetch.n_landed = n_good
+            self._tell_landed(landed)
         if n_settled < len(fetch.slots):
             return
         if fetch.lingering is not None:
@@ -273,17 +294,18 @@ class Fetches:
         self._end(fetch)
 
     def _give_up(self, fetch: Fetch) -> None:
-        """What has not landed will not; nobody waits for it any more. Its slots linger until the tier is done."""
+        """What has not landed will not; nobody waits for it any more. Its slots linger until the tiers are done."""
         self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
         self._host.linger(self._detach(fetch))
         fetch.is_over = True
         self.n_ended += 1
 
     def _detach(self, fetch: Fetch) -> Slots:
-        """Drop the pages that have not landed. Returns their slots."""
+        """Drop the pages that have not landed; no other tier is asked for them. Returns their slots."""
         self._index.abort(fetch.rows[fetch.n_landed :], HOST)
         self._index.release(fetch.rows)
         self._ageing.discard(fetch)
+        fetch.ask_no_other()
         fetch.lingering = fetch.slots[fetch.n_landed :]
         return fetch.lingering
 
@@ -298,7 +320,7 @@ class Fetches:
     # ---- life ----
 
     def detach(self) -> Slots:
-        """The pages of all fetches are dropped. Returns the slots that the tier may still write, which linger."""
+        """The pages of all fetches are dropped. Returns the slots that tiers may still write, which linger."""
         self.drop_all()
         lingering = [self._detach(fetch) if fetch.lingering is None else fetch.lingering for fetch in self._loading]
         return np.concatenate([NO_ROWS, *lingering])

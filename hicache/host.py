@@ -9,8 +9,7 @@ and no slot has two owners. A slot lingers when its page was dropped, or given u
 wrote it: it is nobody's until that has ended. Evictions happen here and only here, on demand, when slots are asked for:
 there is no watermark to poll and no background thread to race with.
 
-Of each page it is kept whether a lower tier is known to have it, or is about to. That is a hint, which the tier's own
-evictions make stale; so it is kept with the slot and forgotten with it. The tier knows best.
+What others remember of a page while it is in host memory (`SlotFlags`) is kept with its slot and forgotten with it.
 """
 
 from __future__ import annotations
@@ -25,6 +24,32 @@ from transfer.slots import SlotAllocator
 Slots = NDArray[np.int32]
 
 
+class SlotFlags:
+    """One flag for each page that is held, forgotten when its slot gets another page. Made by `HostTier.new_flags`."""
+
+    def __init__(self, index: Index, n_slots: int) -> None:
+        self._index = index
+        self._flags = np.zeros(n_slots, dtype=np.bool_)
+
+    def of(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool[n]: the flags; False for pages that are not held."""
+        slots = self._index.slots(rows)
+        flags: NDArray[np.bool_] = self._flags[slots] & (slots >= 0)
+        return flags
+
+    def put(self, rows: Rows, value: bool) -> None:
+        """Set the flags of those of these pages that are held."""
+        slots = self._index.slots(rows)
+        self._flags[slots[slots >= 0]] = value
+
+    def clear(self) -> None:
+        self._flags[:] = False
+
+    def forget(self, slots: Slots) -> None:
+        """These slots get other pages."""
+        self._flags[slots] = False
+
+
 class HostTier:
     """Slots for pages. Owned by one thread (SGLang's scheduler thread); nothing here blocks."""
 
@@ -34,7 +59,7 @@ class HostTier:
         self._stats = stats
         self.n_arrivals = 0
         """Times that pages on their way in have landed or were given up."""
-        self._stored_below = np.zeros(n_slots, dtype=np.bool_)
+        self._flags: list[SlotFlags] = []
         self._lingering = np.zeros(n_slots, dtype=np.int32)
         """How many reads and writes of a lower tier still hold a slot that has lost its page."""
         self.n_slots = n_slots
@@ -54,14 +79,14 @@ class HostTier:
         slots = self._free.take(len(admitted))
         assert slots is not None
         self._index.begin(admitted, HOST, slots)
-        self._stored_below[slots] = False
+        for flags in self._flags:
+            flags.forget(slots)
         return admitted
 
-    def land(self, rows: Rows, *, stored_below: bool = False) -> None:
-        """The bytes of these incoming pages are in their slots. stored_below: they came from a lower tier."""
+    def land(self, rows: Rows) -> None:
+        """The bytes of these incoming pages are in their slots."""
         self.n_arrivals += 1
         self._index.commit(rows, HOST)
-        self.mark_stored_below(rows, stored_below)
 
     def abandon(self, rows: Rows) -> None:
         """The bytes of these incoming pages will not come: their slots are free again."""
@@ -77,22 +102,16 @@ class HostTier:
         held: NDArray[np.bool_] = self._index.states(rows, HOST) != State.ABSENT
         return held
 
-    def is_stored_below(self, rows: Rows) -> NDArray[np.bool_]:
-        """bool[n], of pages that are held: whether a lower tier has them or has been given them, as far as known."""
-        return self._stored_below[self.slots(rows)]
-
-    def mark_stored_below(self, rows: Rows, stored: bool) -> None:
-        """Remember that of pages that are held."""
-        self._stored_below[self.slots(rows)] = stored
+    def new_flags(self) -> SlotFlags:
+        """Something to remember of each page, False at first; for as long as this object lives."""
+        flags = SlotFlags(self._index, self.n_slots)
+        self._flags.append(flags)
+        return flags
 
     def linger(self, slots: Slots) -> None:
         """These slots have lost their pages while a lower tier writes them."""
         self.n_arrivals += 1
         self._lingering[slots] += 1
-
-    def forget_what_is_below(self) -> None:
-        """The lower tier has been emptied."""
-        self._stored_below[:] = False
 
     def end_lingering(self, slots: Slots) -> None:
         """One read or write of these lingering slots has ended. Those of which it was the last are free."""

@@ -1,12 +1,14 @@
-"""Pages on their way down: what has landed in host memory is stored in the tier below, in the background.
+"""Pages on their way down: what host memory has is stored in one tier below, in the background.
 
 A spill leases its pages until the tier has ended with them, because their bytes are read straight from their slots. So
 what is pending is bounded, and beyond the bound pages are skipped and counted: the server never waits for a disk.
 
+Of each page in host memory it is remembered whether the tier has been given it. That is a hint, which the tier's own
+evictions make stale; the tier knows best, and answers for what it has without writing it again.
+
 Nothing is lost by a skip but time. A page is stored only below a parent that is stored, so each offer begins at the
 first page of its path that is not known to be below; what was skipped goes with the next offer of its path. When a
-spill fails, nothing of its path is taken to be below any more: the tier may have dropped the parent. It answers for
-what it has without writing it again.
+spill fails, nothing of its path is taken to be below any more: the tier may have dropped the parent.
 
 Spills end in their order. A rank reports how the first of them have ended on it, and the least of all ranks counts.
 """
@@ -20,10 +22,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hicache.fetches import NO_ROWS, true_prefix
 from hicache.host import HostTier, Slots
-from hicache.stats import Stats
+from hicache.stats import SpillStats
 from hicache.tier import Batch, Tier, answer_of, batches
 from radix import HOST, Index, Rows, State
 
@@ -54,13 +57,12 @@ class Spills:
     max_pages: how many slots may be on their way down at a time. batch_pages: the most that one call of the tier takes.
     """
 
-    def __init__(
-        self, tier: Tier, index: Index, host: HostTier, stats: Stats, *, max_pages: int, batch_pages: int
-    ) -> None:
+    def __init__(self, tier: Tier, index: Index, host: HostTier, *, max_pages: int, batch_pages: int) -> None:
         self.tier = tier
+        self.stats = SpillStats()
         self._index = index
         self._host = host
-        self._stats = stats
+        self._given = host.new_flags()
         self._max_pages = max(1, max_pages)
         self._batch_pages = batch_pages
         self._line: deque[_Spill] = deque()
@@ -69,23 +71,41 @@ class Spills:
     def __len__(self) -> int:
         return len(self._line)
 
+    def given(self, rows: Rows) -> NDArray[np.bool_]:
+        """bool[n]: whether the tier has been given these pages, as far as is remembered."""
+        return self._given.of(rows)
+
+    def mark_given(self, rows: Rows) -> None:
+        """These pages have come from this tier."""
+        self._given.put(rows, True)
+
+    def deepest_given(self, path: Rows) -> bytes | None:
+        """Of a path from the root: the key of the last page down to which the tier has been given all. None: none."""
+        n_given = true_prefix(self._given.of(path))
+        return self._index.keys_of(path[n_given - 1 : n_given]) if n_given else None
+
+    @property
+    def n_room(self) -> int:
+        """How many pages may be added to those on their way."""
+        return self._max_pages - self._n_pages
+
     def offer(self, row: int) -> None:
         """The path to this page is in host memory: store what of it is not below yet, as far as there is room."""
         path = self._index.path(row)
         path = path[: true_prefix(self._index.states(path, HOST) == State.RESIDENT)]
-        first = true_prefix(self._host.is_stored_below(path))
+        first = true_prefix(self._given.of(path))
         rows = path[first:]
         if not len(rows):
             return
-        room = min(len(rows), self._max_pages - self._n_pages)
-        self._stats.spill_skipped += len(rows) - room
+        room = min(len(rows), self.n_room)
+        self.stats.skipped += len(rows) - room
         for spill in self._store(rows[:room], path[first - 1 : first], depth=first):
             self._line.append(spill)
 
     def _store(self, rows: Rows, above: Rows, depth: int) -> Iterator[_Spill]:
         self._index.lease(rows)
         self._n_pages += len(rows)
-        self._host.mark_stored_below(rows, True)
+        self._given.put(rows, True)
         parent = self._index.keys_of(above) if len(above) else None
         run = Batch.below(parent, self._index.keys_of(rows), self._host.slots(rows), depth)
         start = 0
@@ -121,18 +141,21 @@ class Spills:
         spill = self._line.popleft()
         self._n_pages -= len(spill.slots)
         if is_stored:
-            self._stats.spilled += len(spill.slots)
+            self.stats.spilled += len(spill.slots)
         else:
-            self._stats.spill_failed += len(spill.slots)
+            self.stats.failed += len(spill.slots)
         if spill.is_detached:
             self._host.end_lingering(spill.slots)
             return
         if not is_stored:
-            path = self._index.path(int(spill.rows[-1]))
-            self._host.mark_stored_below(path[self._host.held(path)], False)
+            self._given.put(self._index.path(int(spill.rows[-1])), False)
         self._index.release(spill.rows)
 
     # ---- life ----
+
+    def forget(self) -> None:
+        """The tier has been emptied."""
+        self._given.clear()
 
     def detach(self) -> Slots:
         """The pages of all spills are dropped. Returns the slots that the tier may still read; they stay theirs."""

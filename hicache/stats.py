@@ -1,4 +1,4 @@
-"""What the engine has done since its start."""
+"""What the engine has done since its start. Written by the engine's thread; others may read a stale value."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Stats:
-    """Counters in pages unless said otherwise. Written by the engine's thread; others may read a stale value."""
+    """Counters in pages unless said otherwise."""
 
     offered: int = 0
     """Pages that SGLang offered for write-back."""
@@ -30,15 +30,9 @@ class Stats:
     fetched: int = 0
     """Pages that came from a lower tier into host memory, verified."""
     fetch_missed: int = 0
-    """Pages that a lower tier said it had, and did not bring: damaged, gone, or the tier failed."""
+    """Pages that a lower tier said it had, and that none has brought: damaged, gone, or the tier failed."""
     fetches_declined: int = 0
-    """Times that pages were computed because loading them would have taken longer (not pages)."""
-    spilled: int = 0
-    """Pages that a lower tier has taken."""
-    spill_skipped: int = 0
-    """Pages that were not given to a lower tier because too many were on their way already."""
-    spill_failed: int = 0
-    """Pages that a lower tier did not take, or not all pages of their batch."""
+    """Times that pages were computed, all or some, because loading them would have taken longer (not pages)."""
     lookups: int = 0
     """Calls of lookup (not pages)."""
     tickets: int = 0
@@ -53,3 +47,15 @@ class Stats:
     """Times that such a wait took too long and was given up (not pages)."""
     resets: int = 0
     """Times that everything was dropped (not pages)."""
+
+
+@dataclass(slots=True)
+class SpillStats:
+    """What has been given to one lower tier. In pages."""
+
+    spilled: int = 0
+    """Pages that the tier has taken."""
+    skipped: int = 0
+    """Pages that were not given to it because too many were on their way already."""
+    failed: int = 0
+    """Pages that it did not take, or not all pages of their batch."""

@@ -285,12 +285,22 @@ class Index:
         between its look-up and its load. Fewer than n only if no more may go. Raises ValueError if the tier has no
         policy.
         """
+        rows = self._policy(tier).victims(min(n, self.count(tier, State.RESIDENT)), self.now)
+        keys = self.keys_of(rows)
+        return Evicted(keys, self.drop(rows, tier))
+
+    def eviction_order(self, n: int, tier: int = HOST) -> Rows:
+        """The first n RESIDENT pages in the order of the tier's policy, whether they may go now or not.
+
+        Raises ValueError if the tier has no policy.
+        """
+        return self._policy(tier).order(min(n, self.count(tier, State.RESIDENT)))
+
+    def _policy(self, tier: int) -> Policy:
         policy = self._policies.get(tier)
         if policy is None:
             raise ValueError(f"tier {tier} has no eviction policy")
-        rows = policy.victims(min(n, self.count(tier, State.RESIDENT)), self.now)
-        keys = self.keys_of(rows)
-        return Evicted(keys, self.drop(rows, tier))
+        return policy
 
     # ---- the whole ----
 

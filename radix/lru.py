@@ -123,6 +123,17 @@ def _victims(columns: Columns, links: Links, tier: int, now: int, out: Rows) -> 
     return n
 
 
+@kernel(types.int64, LINKS_T, ROWS_T)
+def _order(links: Links, out: Rows) -> int:
+    """Fill `out` from the oldest on. Returns how many there are."""
+    n, at = 0, links.ends[0]
+    while at != _NONE and n < len(out):
+        out[n] = at
+        n += 1
+        at = links.newer[at]
+    return n
+
+
 class Lru:
     """The policy `lru`. Of pages touched together the deepest goes first."""
 
@@ -150,6 +161,10 @@ class Lru:
     def victims(self, n: int, now: int) -> Rows:
         out = np.empty(n, np.int32)
         return out[: _victims(self._columns, self._links, self._tier, now, out)]
+
+    def order(self, n: int) -> Rows:
+        out = np.empty(n, np.int32)
+        return out[: _order(self._links, out)]
 
     def members(self) -> Rows:
         """Raises AssertionError if the list does not end."""

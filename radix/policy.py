@@ -32,6 +32,9 @@ class Policy(Protocol):
         on the tier come before it. Fewer than n only if no more can be taken.
         """
 
+    def order(self, n: int) -> Rows:
+        """The first n of all rows in line for eviction, whether they may go now or not. One compiled call."""
+
     def members(self) -> Rows:
         """All rows it holds, each once, first in line for eviction first. Slow: for checks."""
 

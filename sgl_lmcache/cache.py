@@ -37,7 +37,7 @@ from sgl_lmcache.metrics import TierMetrics
 from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.prefill_clock import PrefillClock
 from sgl_lmcache.ranks import OneRank, Ranks
-from sgl_lmcache.tiers import NextTier
+from sgl_lmcache.tiers import NextTiers
 from sgl_lmcache.wrapper import TieredLinkerWrapper
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class TieredRadixCache(UnifiedRadixCache):
         self.namespace: Namespace | None = None
         self._weights_have_changed = False
         self._weights_digest: Callable[[], str] | None = None
-        self._next_tier: NextTier | None = None
+        self._next_tiers: NextTiers | None = None
         self._prefill_clock: PrefillClock | None = None
         self._metrics = TierMetrics(time.monotonic) if params.enable_metrics else None
         super().__init__(params)
@@ -86,16 +86,15 @@ class TieredRadixCache(UnifiedRadixCache):
         ranks: Ranks,
         *,
         weights_digest: Callable[[], str],
-        next_tier: NextTier | None = None,
+        next_tiers: NextTiers,
     ) -> None:
         """Turn the tiers on. ranks: those that hold shards of the same pages.
 
-        weights_digest: names the weights as they are now. next_tier: what goes on below host memory in a new namespace;
-        None if there is nothing.
+        weights_digest: names the weights as they are now. next_tiers: what goes on below in a new namespace.
         """
         self._ranks = ranks
         self._weights_digest = weights_digest
-        self._next_tier = next_tier
+        self._next_tiers = next_tiers
         if not get_schedule().enable_mixed_chunk:  # nobody says how much of such a batch is prefill
             self._prefill_clock = PrefillClock(linker.engine.prefill_speed, self.page_size, time.monotonic)
         self.namespace = namespace
@@ -162,7 +161,7 @@ class TieredRadixCache(UnifiedRadixCache):
             return
         self._engine.tick()
         if self._metrics is not None and self._engine.below is not None:
-            self._metrics.publish(self._engine.below.tier, self._engine.stats)
+            self._metrics.publish(self._engine.below.spills)
         if self.linker.cache_linker.is_copying or self._engine.is_pending:
             self._agree()
 
@@ -198,7 +197,7 @@ class TieredRadixCache(UnifiedRadixCache):
         linker.end_restores(mine.n_restored)
         settled = self._engine.stand_down()
         if self._ranks.minimum([int(settled)]) == [0]:
-            logger.error("The tier below host memory hangs as well: nothing is kept until the server is started again")
+            logger.error("A tier below host memory hangs as well: nothing is kept until the server is started again")
             self._engine.retire()
 
     def ready_to_load_host_cache(self) -> int:
@@ -296,14 +295,14 @@ class TieredRadixCache(UnifiedRadixCache):
         return False
 
     def clear_storage_backend(self) -> bool:
-        """`/hicache/storage-backend/clear` empties the tier below host memory. False: it failed, or is still at it."""
+        """`/hicache/storage-backend/clear` empties the tiers below host memory. False: one failed, or still does it."""
         if self.linker is None:
             return True
         cleared = self._engine.clear_below()
         try:
             return cleared is None or cleared.result(CLEAR_TIMEOUT_S) >= 0
         except (TierError, FutureTimeoutError):
-            logger.exception("The tier below host memory has not been emptied")
+            logger.exception("The tiers below host memory have not all been emptied")
             return False
 
     def reset(self) -> None:
@@ -356,10 +355,11 @@ class TieredRadixCache(UnifiedRadixCache):
         self.namespace = self.namespace.renewed(self._weights_digest())
         logger.info("sgl_lmcache: new weights, namespace %s", self.namespace.digest)
         below = self._engine.below
-        if self._next_tier is not None and below is not None:
+        if below is not None:
+            assert self._next_tiers is not None
             if self._metrics is not None:
-                self._metrics.publish(below.tier, self._engine.stats, now=True)
-            self._engine.replace_tier(self._next_tier(self.namespace, below.tier))
+                self._metrics.publish(below.spills, now=True)
+            self._engine.replace_tiers(self._next_tiers(self.namespace, below.tiers))
 
     def check_invariants(self) -> None:
         """For tests and debugging: everything of ours that can be broken, named. Scans all of it."""

@@ -37,6 +37,10 @@ EVICTIONS: tuple[str, ...] = get_args(Eviction)
 """The eviction policies that may be named. A test holds them equal to the registry of `radix`, which takes too long to
 import from here."""
 
+Write = Literal["through", "selective", "back"]
+WRITES: tuple[str, ...] = get_args(Write)
+"""The write policies that may be named. A test holds them equal to the registry of `hicache`."""
+
 PrefetchPolicy = Literal["auto", "wait", "best_effort"]
 
 LATER_TIERS = ("valkey", "mooncake")
@@ -83,13 +87,17 @@ class HostTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="ssd"):
     """A store in the folder `path`, below host memory. `capacity` bounds the whole folder, for all ranks of a server on
-    this node and across restarts. `write` says when pages go there; `through`: as soon as they are in host memory.
-    `eviction` None: the policy of the whole configuration."""
+    this node and across restarts. `write` says when pages go there: as soon as they are in host memory, when they are
+    used again, or before host memory evicts them. `eviction` None: the policy of the whole configuration."""
 
     path: str
     capacity: Nbytes
-    write: Literal["through"] = "through"
+    write: Write = "through"
     eviction: Eviction | None = None
+
+
+LowerTier = SsdTier
+"""A tier below host memory."""
 
 
 class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,10 +108,10 @@ class Prefetch(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole configuration. `tiers` are ordered fastest first: the host tier, then at most one SSD tier."""
+    """A whole configuration. `tiers` are ordered fastest first: the host tier, then lower ones, of each kind one."""
 
     namespace: str = "default"
-    tiers: tuple[HostTier | SsdTier, ...] = (HostTier(),)
+    tiers: tuple[HostTier | LowerTier, ...] = (HostTier(),)
     eviction: Eviction = "lru"
     prefetch: Prefetch = Prefetch()
 
@@ -113,8 +121,13 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return host
 
     @property
+    def lower(self) -> tuple[LowerTier, ...]:
+        """Those below host memory, fastest first."""
+        return tuple(tier for tier in self.tiers if not isinstance(tier, HostTier))
+
+    @property
     def ssd(self) -> SsdTier | None:
-        """None: nothing lies below host memory."""
+        """None: there is none."""
         return next((tier for tier in self.tiers if isinstance(tier, SsdTier)), None)
 
     def eviction_of(self, tier: HostTier | SsdTier) -> Eviction:
@@ -260,6 +273,12 @@ _MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `\$\.?([^`]*)`)?", re.DOTALL)
 _EXAMPLES = {"path": "/var/lib/sgl-lmcache", "capacity": "200GiB"}
 """Values of the keys that have no default."""
 
+_INSTEAD_OF_A_SECOND: Mapping[type, str] = {
+    HostTier: "add its capacity to tiers[0] and remove it",
+    SsdTier: "remove it, or put both disks into one file system",
+}
+"""What would be right, for each kind of tier: there is one of each."""
+
 _SHAPES = {
     "object": "a mapping",
     "array": "a list",
@@ -278,12 +297,9 @@ def _check_tiers(config: Config) -> None:
     if not isinstance(config.tiers[0], HostTier):
         raise _KeyedError("tiers[0]", "is not the host tier; put `- {type: host}` before it")
     for position, tier in enumerate(config.tiers):
-        if position and isinstance(tier, HostTier):
-            raise _KeyedError(f"tiers[{position}]", "is a second host tier; add its capacity to tiers[0] and remove it")
-        if position > 1 and isinstance(tier, SsdTier):
-            raise _KeyedError(
-                f"tiers[{position}]", "is a second ssd tier; remove it, or put both disks into one file system"
-            )
+        if type(tier) in map(type, config.tiers[:position]):
+            name = tier.__struct_config__.tag
+            raise _KeyedError(f"tiers[{position}]", f"is a second {name} tier; {_INSTEAD_OF_A_SECOND[type(tier)]}")
         if isinstance(tier, SsdTier) and not Path(tier.path).is_absolute():
             raise _KeyedError(
                 f"tiers[{position}].path",

@@ -11,7 +11,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.runtime_context import get_context, get_lora, get_parallel
 
-from hicache import UNKNOWN, Engine, Tier
+from hicache import UNKNOWN, Engine, LowerTier
 from radix import HOST, Index
 from sgl_lmcache import BACKEND
 from sgl_lmcache.cache import TieredRadixCache
@@ -43,7 +43,7 @@ from sgl_lmcache.namespace import (
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache.ranks import Ranks, ranks_of
 from sgl_lmcache.refusals import refuse_unsupported
-from sgl_lmcache.tiers import OpenTier, Place, next_tier, tier_opener
+from sgl_lmcache.tiers import Place, TierOpener, next_tiers, tier_openers
 from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout
 from transfer.slab import Slab
@@ -81,10 +81,10 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     n_slots, origin = _agree_on_start(ranks_of(ctx.tp_group.cpu_group), _n_slots(config, layout, device_pool))
     slab = _allocate_slab(n_slots, layout, device_pool)
     namespace = _namespace(ctx, config, layout, origin)
-    open_tier = _tier_opener(ctx, config, layout, slab)
-    tier = None if open_tier is None else open_tier(namespace)
+    openers = _tier_openers(ctx, config, layout, slab)
+    tiers = [LowerTier(opener.open(namespace), opener.write) for opener in openers]
     linker = Linker(
-        _engine(config, n_slots, device_pool.n_pages, tier, layout),
+        _engine(config, n_slots, device_pool.n_pages, tiers, layout),
         _copies(ctx, device_pool, layout, slab),
         slab,
         page_size=layout.page_size,
@@ -97,7 +97,7 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         namespace,
         ranks,
         weights_digest=partial(weights_digest, ctx.tp_worker.model_runner.model, ctx.params.attn_tp_cache_group),
-        next_tier=None if open_tier is None else partial(next_tier, open_tier),
+        next_tiers=partial(next_tiers, openers),
     )
     pool.register_layer_transfer_counter(linker.layer_done_counter)
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
@@ -145,10 +145,10 @@ def _n_local_ranks() -> int:
     return max(1, int(parallel.tp_size * parallel.dp_size // parallel.nnodes))
 
 
-def _tier_opener(ctx: TreeCacheBuildContext, config: Config, layout: PageLayout, slab: Slab) -> OpenTier | None:
+def _tier_openers(ctx: TreeCacheBuildContext, config: Config, layout: PageLayout, slab: Slab) -> tuple[TierOpener, ...]:
     parallel, n_local_ranks = get_parallel(), _n_local_ranks()
     rank = (parallel.dp_rank or 0) * parallel.tp_size + ctx.tp_rank
-    return tier_opener(config, Place(rank % n_local_ranks, n_local_ranks, slab.array, layout.page_nbytes))
+    return tier_openers(config, Place(rank % n_local_ranks, n_local_ranks, slab.array, layout.page_nbytes))
 
 
 def _agree_on_start(ranks: Ranks, n_slots: int) -> tuple[int, str]:
@@ -191,7 +191,9 @@ def _copies(ctx: TreeCacheBuildContext, pool: DevicePool, layout: PageLayout, sl
     return cuda_copies(pool, layout, slab, forward_stream=ctx.tp_worker.model_runner.forward_stream)
 
 
-def _engine(config: Config, n_slots: int, n_device_pages: int, tier: Tier | None, layout: PageLayout) -> Engine:
+def _engine(
+    config: Config, n_slots: int, n_device_pages: int, tiers: Sequence[LowerTier], layout: PageLayout
+) -> Engine:
     """Every row of the index is a page in HBM or in host memory, or is kept by a lease or a child: a few more."""
     capacity = n_slots + n_device_pages + max(1024, n_device_pages // 4)
     index = Index(capacity, policies={HOST: config.eviction_of(config.host)})
@@ -200,7 +202,7 @@ def _engine(config: Config, n_slots: int, n_device_pages: int, tier: Tier | None
         n_slots,
         clock=time.monotonic,
         ticket_timeout_s=_ticket_timeout_s(config),
-        tier=tier,
+        tiers=tiers,
         batch_pages=max(1, BATCH_NBYTES // layout.slot_nbytes),
         fetch_only_if_faster=config.prefetch.policy == "auto",
         fetch_timeout_s=config.prefetch.timeout,

@@ -271,7 +271,8 @@ class Linker:
         """Stop the copies and free host memory. Blocks for the copies in flight."""
         logger.info("sgl_lmcache: %s", self.engine.stats)
         if self.engine.below is not None:
-            logger.info("sgl_lmcache: %s: %s", self.engine.below.tier.name, dict(self.engine.below.tier.stats()))
+            for spills in self.engine.below.spills:
+                logger.info("sgl_lmcache: %s: %s, %s", spills.tier.name, spills.stats, dict(spills.tier.stats()))
         self.engine.close()
         self.reset()
         self.copies.close()

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the tier below host memory, in SGLang's own `/metrics`. docs/metrics.md lists them.
+"""Prometheus metrics of the tiers below host memory, in SGLang's own `/metrics`. docs/metrics.md lists them.
 
 A tier counts for itself (`Tier.stats`), on any thread. The scheduler thread carries the counts over now and then, so
 that nothing here is called where pages move. SGLang's scheduler processes share a folder of metric files, and counters
@@ -9,10 +9,11 @@ of several ranks are summed by SGLang's endpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from hicache import Stats, Tier
+from hicache import SpillStats, Tier
 
 PERIOD_S = 2.0
 """How often the counts are carried over."""
@@ -58,15 +59,29 @@ GAUGES = {
 }
 
 
+class GivenTier(Protocol):
+    """A tier, and what the engine has given to it."""
+
+    tier: Tier
+    stats: SpillStats
+
+
+@dataclass
+class _Published:
+    """What has been carried over of one tier. `counts`: of the store that it has now, by metric and label."""
+
+    tier: Tier
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    n_skipped: int = 0
+
+
 @dataclass
 class TierMetrics:
-    """Carries a tier's counts over. One for a process: names are registered once. clock: monotonic seconds."""
+    """Carries the tiers' counts over. One for a process: names are registered once. clock: monotonic seconds."""
 
     clock: Callable[[], float]
     _due_s: float = 0.0
-    _published: dict[tuple[str, str], int] = field(default_factory=dict)
-    _n_skipped: int = 0
-    _tier: Tier | None = None
+    _published: dict[str, _Published] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         from prometheus_client import Counter, Gauge
@@ -80,24 +95,29 @@ class TierMetrics:
             for name, text in GAUGES.items()
         }
 
-    def publish(self, tier: Tier, engine: Stats, *, now: bool = False) -> None:
+    def publish(self, given: Sequence[GivenTier], *, now: bool = False) -> None:
         """Once an iteration: does something every `PERIOD_S`, or `now`. Never blocks.
 
-        engine: what the engine counts. Pages that it did not even offer to the tier were skipped, too.
+        Pages that the engine did not even offer to a tier were skipped, too.
         """
         now_s = self.clock()
         if now_s < self._due_s and not now:
             return
         self._due_s = now_s + PERIOD_S
-        if tier is not self._tier:  # another one counts from 0
-            self._tier = tier
-            self._published.clear()
+        for one in given:
+            self._publish(one.tier, one.stats)
+
+    def _publish(self, tier: Tier, spills: SpillStats) -> None:
         stats, name = tier.stats(), tier.name
+        published = self._published.setdefault(name, _Published(tier))
+        if tier is not published.tier:  # another store counts from 0
+            published.tier = tier
+            published.counts.clear()
         for metric in COUNTERS:
             for label, stat in metric.stats.items():
                 self._carry_over(metric, name, label, stats.get(stat, 0))
-        self._counters[SKIPPED.name].labels(name, "pressure").inc(engine.spill_skipped - self._n_skipped)
-        self._n_skipped = engine.spill_skipped
+        self._counters[SKIPPED.name].labels(name, "pressure").inc(spills.skipped - published.n_skipped)
+        published.n_skipped = spills.skipped
         capacity = tier.capacity()
         self._gauges["sgl_lmcache_tier_available"].labels(name).set(tier.health().available)
         self._gauges["sgl_lmcache_tier_used_bytes"].labels(name).set(capacity.used_nbytes)
@@ -105,6 +125,7 @@ class TierMetrics:
         self._gauges["sgl_lmcache_tier_bad_slots"].labels(name).set(stats.get("n_bad_slots", 0))
 
     def _carry_over(self, metric: Metric, tier: str, label: str, count: int) -> None:
-        new = count - self._published.get((metric.name, label), 0)
-        self._published[metric.name, label] = count
+        published = self._published[tier].counts
+        new = count - published.get((metric.name, label), 0)
+        published[metric.name, label] = count
         self._counters[metric.name].labels(tier, *filter(None, [label])).inc(max(0, new))

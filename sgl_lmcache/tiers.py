@@ -2,13 +2,16 @@
 
 A tier holds the pages of one namespace. New weights start another, so a server may open a tier more than once: at its
 start, where whatever is wrong stops it, and later (`late_tier`), where it must not.
+
+To add a kind of tier: a struct in `config`, and here a function that opens it, with its case in `_open`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +19,23 @@ from numpy.typing import NDArray
 
 from hicache import Tier
 from hicache.ssd import SsdTier, StoreError
-from sgl_lmcache.config import Config
+from sgl_lmcache.config import Config, LowerTier
 from sgl_lmcache.config import SsdTier as SsdConfig
 from sgl_lmcache.errors import RefusedError, StartError
 from sgl_lmcache.late_tier import LateTier
 from sgl_lmcache.namespace import Namespace
 
-OpenTier = Callable[[Namespace], Tier]
-"""Opens a tier for a namespace. Blocks; raises `StartError`."""
+NextTiers = Callable[[Namespace, Sequence[Tier]], Sequence[Tier]]
+"""What goes on for a new namespace in the place of tiers, each of which it closes. Neither blocks nor raises."""
 
-NextTier = Callable[[Namespace, Tier], Tier]
-"""What goes on for a new namespace in the place of a tier, which it closes. Neither blocks nor raises."""
+
+@dataclass(frozen=True, slots=True)
+class TierOpener:
+    """One lower tier of the configuration. write: the name of its write policy."""
+
+    write: str
+    open: Callable[[Namespace], Tier]
+    """Opens it for a namespace. Blocks; raises `StartError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +49,15 @@ class Place:
     page_nbytes: int
 
 
-def tier_opener(config: Config, place: Place) -> OpenTier | None:
-    """What opens the tier below host memory for a namespace, raising `StartError`. None: none is configured."""
-    ssd = config.ssd
-    if ssd is None:
-        return None
-    return lambda namespace: _open_ssd(config, ssd, place, namespace)
+def tier_openers(config: Config, place: Place) -> tuple[TierOpener, ...]:
+    """One for each tier below host memory, fastest first. Touches nothing yet."""
+    return tuple(TierOpener(tier.write, partial(_open, config, tier, place)) for tier in config.lower)
+
+
+def _open(config: Config, tier: LowerTier, place: Place, namespace: Namespace) -> Tier:
+    match tier:
+        case SsdConfig():
+            return _open_ssd(config, tier, place, namespace)
 
 
 def _open_ssd(config: Config, ssd: SsdConfig, place: Place, namespace: Namespace) -> Tier:
@@ -70,9 +82,11 @@ def _open_ssd(config: Config, ssd: SsdConfig, place: Place, namespace: Namespace
         raise StartError(f"sgl_lmcache: {error}.") from error
 
 
-def next_tier(open_tier: OpenTier, namespace: Namespace, before: Tier) -> Tier:
-    """A `NextTier`, but for its first argument."""
-    return LateTier(before.name, lambda: open_tier(namespace), before)
+def next_tiers(openers: Sequence[TierOpener], namespace: Namespace, before: Sequence[Tier]) -> Sequence[Tier]:
+    """A `NextTiers`, but for its first argument."""
+    return [
+        LateTier(tier.name, partial(opener.open, namespace), tier) for opener, tier in zip(openers, before, strict=True)
+    ]
 
 
 def _server_token() -> str:

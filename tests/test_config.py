@@ -15,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import inspect
 
+from hicache import WRITE_POLICIES
 from radix import POLICIES
 from sgl_lmcache.config import (
     EVICTIONS,
     LATER_TIERS,
     VARIABLE,
+    WRITES,
     Config,
     ConfigError,
     HostTier,
@@ -106,6 +108,17 @@ def test_the_evictions_are_those_of_the_index() -> None:
     assert set(EVICTIONS) == set(POLICIES)
 
 
+def test_the_write_policies_are_those_of_the_engine() -> None:
+    assert tuple(WRITE_POLICIES) == WRITES
+    assert [ssd(write=write).write for write in WRITES] == list(WRITES)
+
+
+def test_the_lower_tiers_are_those_below_host_memory_in_their_order() -> None:
+    assert Config().lower == ()
+    below = ssd()
+    assert Config(tiers=(HostTier(), below)).lower == (below,)
+
+
 @pytest.mark.parametrize(
     ("text", "nbytes"),
     [
@@ -180,8 +193,8 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         ("tiers: [{type: host}, {type: ssd, path: /x, capacity: 0}]", "tiers[1].capacity", "above 0"),
         ("tiers: [{type: host}, {type: ssd, path: /x, capacity: 1Gb}]", "tiers[1].capacity", "did you mean 1GB?"),
         (
-            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, write: back}]",
-            *("tiers[1].write", "possible: through"),
+            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, write: never}]",
+            *("tiers[1].write", "possible: back, selective, through"),
         ),
         (
             "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, eviction: lfu}]",

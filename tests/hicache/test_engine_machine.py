@@ -1,9 +1,9 @@
-"""The engine against a plain model: real bytes in a slab, copies that end late, a tier that answers late or never.
+"""The engine against a plain model: real bytes in a slab, copies that end late, tiers that answer late or never.
 
 The model never asks the engine where a page is. A page's bytes are its key. It writes each offered page into the slot
-it was told to, when the copy ends; the tier reads and writes the same slab when the machine lets it. And it checks that
-every page the engine promises has the right bytes in its slot from the promise to the end of the restore, whatever
-happened in between.
+it was told to, when the copy ends; the tiers read and write the same slab when the machine lets them, each at its own
+time, and what they have kept is compared as well. And it checks that every page the engine promises has the right bytes
+in its slot from the promise to the end of the restore, whatever happened in between.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from hicache import Engine, Offload, Restore, Ticket, Verdict
+from hicache import WRITE_POLICIES, Engine, LowerTier, Offload, Restore, Ticket, Verdict
 from radix import HOST, Index, State
 from tests.support.clock import Clock
 from tests.support.keys import path_keys
@@ -31,23 +31,26 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         n_slots=st.sampled_from([1, 2, 3, 5, 9, 16]),
         share=st.sampled_from([0.0, 0.5, 1.0]),
-        n_below=st.sampled_from([None, 0, 4, 1000, 1000, 1000]),
+        below=st.lists(
+            st.tuples(st.sampled_from([0, 4, 1000, 1000, 1000]), st.sampled_from(list(WRITE_POLICIES))), max_size=2
+        ),
         batch_pages=st.integers(1, 3),
     )
-    def start(self, n_slots: int, share: float, n_below: int | None, batch_pages: int) -> None:
+    def start(self, n_slots: int, share: float, below: list[tuple[int, str]], batch_pages: int) -> None:
+        """below: how many pages each tier keeps, and its write policy."""
         self.clock = Clock()
         self.n_slots = n_slots
         self.slab = np.zeros((n_slots, 32), dtype=np.uint8)
-        self.tier = None if n_below is None else FaultyTier(MemoryTier(self.slab, n_below))
-        if self.tier is not None:
-            self.tier.hold()
+        self.tiers = [FaultyTier(MemoryTier(self.slab, n_pages)) for n_pages, _ in below]
+        for tier in self.tiers:
+            tier.hold()
         self.engine = Engine(
             Index(64),
             n_slots,
             clock=self.clock,
             ticket_timeout_s=2.0,
             max_leased_share=share,
-            tier=self.tier,
+            tiers=[LowerTier(tier, write) for tier, (_, write) in zip(self.tiers, below, strict=True)],
             batch_pages=batch_pages,
         )
         self.landed: set[bytes] = set()
@@ -82,7 +85,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(path=PATHS)
     def write_through(self, path: str) -> None:
-        """Down to the tier, in one go."""
+        """Down to the tiers, in one go."""
         keys = path_keys(path)
         offload = self.engine.begin_offload(keys)
         self.promised = b""
@@ -94,8 +97,8 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def everything_below_ends(self) -> None:
         for _ in range(3):
-            if self.tier is not None:
-                self.tier.release(self.tier.n_held)
+            for tier in self.tiers:
+                tier.release(tier.n_held)
             self.agree()
 
     @rule(path=PATHS)
@@ -157,16 +160,22 @@ class EngineMachine(RuleBasedStateMachine):
         """One rank's agreement with itself, as the cache makes it once an iteration."""
         self.engine.follow(self.engine.report(decides=True))
 
-    @rule(n_calls=st.integers(1, 8), n_failing=st.sampled_from([0, 0, 0, 0, 1]))
-    def the_tier_answers(self, n_calls: int, n_failing: int) -> None:
-        if self.tier is not None:
-            self.tier.fail_next(n_failing)
-            self.tier.release(min(n_calls, self.tier.n_held))
+    @rule(position=st.integers(0, 1), n_calls=st.integers(1, 8), n_failing=st.sampled_from([0, 0, 0, 0, 1]))
+    def a_tier_answers(self, position: int, n_calls: int, n_failing: int) -> None:
+        for tier in self.tiers[position : position + 1]:
+            tier.fail_next(n_failing)
+            tier.release(min(n_calls, tier.n_held))
 
-    @rule(path=PATHS)
-    def the_tier_forgets(self, path: str) -> None:
-        if self.tier is not None:
-            self.tier.inner.delete(path_keys(path)[-32:])
+    @rule(position=st.integers(0, 1), path=PATHS)
+    def a_tier_forgets(self, position: int, path: str) -> None:
+        for tier in self.tiers[position : position + 1]:
+            tier.inner.delete(path_keys(path)[-32:])
+
+    @rule(ticket=tickets)
+    def launch(self, ticket: tuple[Ticket, bytes]) -> None:
+        opened, _ = ticket
+        if opened in self.engine._tickets and opened.verdict is Verdict.GO:
+            self.engine.end_prefill(self.engine.launch(opened))
 
     @rule(path=PATHS, n_kept=st.integers(0, 6))
     def hbm_evicts(self, path: str, n_kept: int) -> None:
@@ -200,9 +209,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.promised = b""
         ticket = self.open_ticket(path, 0)
         for number in range(n_steps):
-            if self.tier is not None:
-                self.tier.fail_next(int(fails and number == 1))
-                self.tier.release(min(self.tier.n_held, 1))
+            for tier in self.tiers:
+                tier.fail_next(int(fails and number == 1))
+                tier.release(min(tier.n_held, 1))
             self.agree()
         return ticket
 
@@ -219,6 +228,9 @@ class EngineMachine(RuleBasedStateMachine):
             rows = index.path(row)[-1:]
             if index.states(rows, HOST)[0] == State.RESIDENT:
                 assert self.slab[index.slots(rows)[0]].tobytes() == key
+        for tier in self.tiers:
+            assert isinstance(tier.inner, MemoryTier)
+            assert all(page == key for key, page in tier.inner.pages.items()), "a tier read a slot of another page"
 
     def teardown(self) -> None:
         if hasattr(self, "engine") and self.n_open == 0:

@@ -2,82 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-import numpy as np
 import pytest
 
-from hicache import Engine, Ticket, Verdict
+from hicache import TierError, Verdict
 from hicache.engine import UNKNOWN
-from hicache.fetches import N_REPORTED
-from radix import HBM, HOST, Index, State
-from tests.support.clock import Clock
+from hicache.fetches import N_REPORTED, PATIENCE_SHARE
+from radix import HBM, HOST, State
+from tests.hicache.rig import TIMEOUT_S, Rig, waits
 from tests.support.keys import path_keys
-from tests.support.tiers import FaultyTier, MemoryTier, split
-
-TIMEOUT_S = 5.0
-
-
-@dataclass(eq=False)
-class Rig:
-    """An engine over a slab whose pages hold their keys."""
-
-    n_slots: int = 32
-    batch_pages: int = 2
-    fetch_only_if_faster: bool = False
-    max_leased_share: float = 1.0
-    clock: Clock = field(default_factory=Clock)
-
-    def __post_init__(self) -> None:
-        self.slab = np.zeros((self.n_slots, 32), np.uint8)
-        self.memory = MemoryTier(self.slab, 1000)
-        self.tier = FaultyTier(self.memory)
-        self.engine = Engine(
-            Index(1024),
-            self.n_slots,
-            clock=self.clock,
-            ticket_timeout_s=TIMEOUT_S,
-            max_leased_share=self.max_leased_share,
-            tier=self.tier,
-            batch_pages=self.batch_pages,
-            fetch_only_if_faster=self.fetch_only_if_faster,
-        )
-
-    def write_back(self, keys: bytes, parent: bytes | None = None) -> None:
-        """Down to host memory, and offered to the tier."""
-        offload = self.engine.begin_offload(keys, parent)
-        if offload is not None:
-            for position, slot in zip(offload.positions, offload.slots, strict=True):
-                self.slab[slot] = np.frombuffer(split(keys)[position], np.uint8)
-            self.engine.finish_offload(offload, landed=True)
-
-    def agree(self) -> None:
-        self.engine.tick()
-        self.engine.follow(self.engine.report(decides=True))
-        self.engine.check_invariants()
-
-    def store_below_only(self, keys: bytes) -> None:
-        """In the tier, and nowhere else."""
-        self.write_back(keys)
-        self.agree()
-        assert self.engine.stats.spill_failed == 0
-        self.engine.reset()
-
-    def holds(self, keys: bytes) -> int:
-        """How many pages host memory would promise, each with the right bytes."""
-        n_pages = self.engine.lookup(keys)
-        rows = self.engine.index.match(keys)[:n_pages]
-        assert [self.slab[slot].tobytes() for slot in self.engine.index.slots(rows)] == split(keys)[:n_pages]
-        return n_pages
+from tests.support.tiers import MemoryTier, split
 
 
 @pytest.fixture
 def rig() -> Rig:
     return Rig()
-
-
-def waits(ticket: Ticket) -> bool:
-    return ticket.verdict is Verdict.WAIT
 
 
 # ---- down ----
@@ -88,7 +26,7 @@ def test_what_lands_in_host_memory_is_stored_below(rig: Rig) -> None:
     rig.write_back(keys)
     assert rig.memory.exists(keys).result() == 5
     rig.agree()
-    assert rig.engine.stats.spilled == 5
+    assert rig.spills.spilled == 5
     assert not rig.engine.is_pending
 
 
@@ -117,7 +55,7 @@ def test_only_what_is_new_below_is_given_to_the_tier(rig: Rig) -> None:
     rig.write_back(keys[64:], keys[32:64])
     rig.agree()
     assert rig.memory.stats()["stored"] == 4
-    assert rig.engine.stats.spilled == 4
+    assert rig.spills.spilled == 4
 
 
 def test_what_was_skipped_goes_with_the_next_page_of_its_path() -> None:
@@ -125,7 +63,7 @@ def test_what_was_skipped_goes_with_the_next_page_of_its_path() -> None:
     rig.tier.hold()
     keys = path_keys("abcdefg")
     rig.write_back(keys[: 6 * 32])
-    assert rig.engine.stats.spill_skipped == 2
+    assert rig.spills.skipped == 2
     rig.tier.release()
     rig.agree()
     assert rig.memory.exists(keys).result() == 4
@@ -139,7 +77,7 @@ def test_what_the_tier_did_not_take_is_offered_again(rig: Rig) -> None:
     rig.tier.fail_next(1)
     rig.write_back(keys[:64])
     rig.agree()
-    assert (rig.engine.stats.spill_failed, rig.memory.exists(keys).result()) == (2, 0)
+    assert (rig.spills.failed, rig.memory.exists(keys).result()) == (2, 0)
     rig.write_back(keys[64:], keys[32:64])
     rig.agree()
     assert rig.memory.exists(keys).result() == 3
@@ -523,7 +461,7 @@ def test_another_tier_takes_over_while_the_old_one_still_writes(rig: Rig) -> Non
     rig.agree()
     rig.engine.reset()
     fresh = MemoryTier(rig.slab, 1000)
-    rig.engine.replace_tier(fresh)
+    rig.engine.replace_tiers([fresh])
     rig.tier.release()
     rig.write_back(keys)
     rig.agree()
@@ -572,3 +510,216 @@ def test_an_emptied_tier_is_given_pages_again(rig: Rig) -> None:
     rig.write_back(keys[64:], keys[32:64])
     rig.agree()
     assert rig.memory.exists(keys).result() == 3
+
+
+# ---- several tiers ----
+
+
+def two(**kwargs: int | bool) -> Rig:
+    """Two tiers, of which what is computed goes into neither."""
+    return Rig(writes=("back", "back"), **kwargs)  # type: ignore[arg-type]
+
+
+def test_pages_of_two_tiers_come_together() -> None:
+    rig = two()
+    keys = path_keys("abcdefgh")
+    rig.put(0, keys[: 3 * 32])
+    rig.put(1, keys)
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    rig.agree()
+    assert not waits(ticket)
+    assert ticket.fetched == (0, 8)
+    assert rig.holds(keys) == 8
+    assert [memory.stats()["loaded"] for memory in rig.memories] == [3, 5]
+
+
+def test_what_the_faster_tier_has_lost_comes_from_the_slower_one() -> None:
+    rig = two(batch_pages=8)
+    keys = path_keys("abcdef")
+    rig.put(0, keys)
+    rig.put(1, keys)
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.memory.delete(split(keys)[2])  # between the probe and the load, as a damaged page
+    rig.settle()
+    assert not waits(ticket)
+    assert rig.holds(keys) == 6
+    assert rig.engine.stats.fetch_missed == 0
+    assert [memory.stats()["loaded"] for memory in rig.memories] == [2, 4]
+
+
+@pytest.mark.parametrize("n_failing", [1, 2])
+def test_a_faster_tier_that_fails_does_not_keep_what_a_slower_one_has(n_failing: int) -> None:
+    rig = two()
+    keys = path_keys("abcd")
+    rig.put(0, keys[:64])
+    rig.put(1, keys)
+    rig.tier.fail_next(n_failing)
+    rig.engine.open_ticket(keys, None)
+    rig.settle()
+    assert rig.holds(keys) == 4
+
+
+def test_a_slower_tier_that_does_not_answer_does_not_keep_what_a_faster_one_has() -> None:
+    rig = two()
+    keys = path_keys("abcd")
+    rig.put(0, keys[:64])
+    rig.put(1, keys)
+    rig.tiers[1].hold()
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.agree()
+    assert waits(ticket), "it may have the rest"
+    rig.clock.now_s += TIMEOUT_S * PATIENCE_SHARE
+    rig.agree()
+    rig.agree()
+    assert not waits(ticket)
+    assert rig.engine.stats.tickets_expired == 0
+    assert rig.holds(keys) == 2
+
+
+def test_a_slower_tier_that_hangs_keeps_its_own_pages_only() -> None:
+    rig = two()
+    keys = path_keys("abcdef")
+    rig.put(0, keys[:64])
+    rig.put(1, keys)
+    ticket = rig.engine.open_ticket(keys, None)
+    rig.tiers[1].hold()
+    rig.agree()
+    rig.agree()
+    assert (ticket.fetched, waits(ticket)) == ((0, 2), True)
+    rig.clock.now_s += TIMEOUT_S
+    rig.agree()
+    assert not waits(ticket)
+    assert rig.holds(keys) == 2
+    assert rig.engine.host.n_free == 32 - 6, "the tier that hangs may still write to four slots"
+    rig.tiers[1].release()
+    rig.agree()
+    assert rig.engine.host.n_free == 32 - 2
+
+
+def test_no_other_tier_is_asked_for_pages_that_were_given_up() -> None:
+    rig = two(batch_pages=8)
+    keys = path_keys("abcd")
+    rig.put(0, keys)
+    rig.put(1, keys)
+    rig.engine.open_ticket(keys, None)
+    rig.tier.hold()
+    rig.tier.miss_next(1)
+    rig.agree()
+    rig.clock.now_s += TIMEOUT_S
+    rig.agree()
+    rig.tier.release()
+    rig.agree()
+    assert rig.memories[1].stats()["loaded"] == 0
+    assert rig.engine.host.n_free == 32
+
+
+def test_a_tier_that_hangs_does_not_hold_up_the_spills_of_another() -> None:
+    rig = Rig(n_slots=64, writes=("through", "through"))
+    rig.tier.hold()
+    for path in ("ab", "cd", "ef", "gh", "ij", "kl"):
+        rig.write_back(path_keys(path))
+        rig.agree()
+    assert rig.n_stored(path_keys("ab")) == rig.n_stored(path_keys("kl")) == [0, 2]
+    assert rig.spills.skipped == 4, "an eighth of host memory may be on its way to each of two"
+    assert rig.engine.below is not None
+    assert rig.engine.below.spills[1].stats.skipped == 0
+
+
+def test_only_the_part_that_is_worth_it_is_loaded() -> None:
+    rig = two(fetch_only_if_faster=True)
+    keys = path_keys("abcdefgh")
+    rig.put(0, keys[: 5 * 32])
+    rig.put(1, keys)
+    rig.memories[1].load_s_per_page = 1.0
+    rig.engine.prefill_speed.observe([(0, 8)], 0.8)
+    rig.engine.open_ticket(keys, None)
+    rig.settle()
+    assert rig.holds(keys) == 5
+    assert rig.engine.stats.fetches_declined == 1
+    rig.engine.reset()
+    rig.memories[1].load_s_per_page = 0.2
+    rig.engine.open_ticket(keys, None)
+    rig.settle()
+    assert rig.holds(keys) == 8, "both load at the same time"
+    rig.engine.reset()
+    rig.memory.load_s_per_page = 1.0
+    rig.engine.open_ticket(keys, None)
+    rig.settle()
+    assert rig.holds(keys) == 0
+
+
+def test_every_tier_hears_of_the_deepest_page_in_use_that_it_has() -> None:
+    rig = Rig(writes=("through", "back"))
+    keys = path_keys("abc")
+    rig.write_back(keys[:64])
+    rig.engine.begin_offload(keys[64:], keys[32:64])
+    rig.engine.open_ticket(b"", keys[64:])
+    assert [memory.touched for memory in rig.memories] == [[keys[32:64]], [keys[64:]]], "or may have"
+
+
+def test_tiers_are_emptied_and_replaced_together() -> None:
+    rig = Rig(writes=("through", "through"))
+    keys = path_keys("abc")
+    rig.write_back(keys[:64])
+    rig.settle()
+    cleared = rig.engine.clear_below()
+    assert cleared is not None
+    assert cleared.result() == 4
+    rig.write_back(keys[64:], keys[32:64])
+    rig.settle()
+    assert rig.n_stored(keys) == [3, 3]
+    fresh = [MemoryTier(rig.slab, 1000) for _ in rig.tiers]
+    rig.engine.reset()
+    rig.engine.replace_tiers(fresh)
+    rig.write_back(keys)
+    rig.settle()
+    assert [memory.exists(keys).result() for memory in fresh] == [3, 3]
+
+
+def test_a_tier_that_cannot_be_emptied_is_told_and_the_other_is_empty() -> None:
+    rig = Rig(writes=("through", "through"))
+    rig.write_back(path_keys("ab"))
+    rig.settle()
+    rig.tier.fail_next(1)
+    cleared = rig.engine.clear_below()
+    assert cleared is not None
+    with pytest.raises(TierError, match="injected"):
+        cleared.result()
+    assert rig.n_stored(path_keys("ab")) == [2, 0]
+
+
+def test_a_slot_that_several_tiers_read_lingers_until_all_have_ended() -> None:
+    rig = Rig(writes=("through", "through"))
+    for tier in rig.tiers:
+        tier.hold()
+    rig.write_back(path_keys("ab"))
+    rig.engine.reset()
+    rig.engine.check_invariants()
+    assert rig.engine.host.n_free == 30
+    rig.tiers[1].release()
+    rig.agree()
+    assert rig.engine.host.n_free == 30
+    rig.tier.release()
+    rig.agree()
+    assert rig.engine.host.n_free == 32
+
+
+def test_ranks_that_disagree_wait_for_every_tier_and_ask_no_further_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hicache.engine.STAND_DOWN_S", 0.0)
+    rig = two()
+    keys = path_keys("abcd")
+    rig.put(0, keys[:64])
+    rig.put(1, keys)
+    rig.engine.open_ticket(keys, None)
+    for tier in rig.tiers:
+        tier.hold()
+    rig.tier.miss_next(1)
+    rig.agree()
+    rig.tier.release()
+    assert not rig.engine.stand_down()
+    assert rig.tiers[1].n_held == 1
+    rig.tiers[1].release()
+    assert rig.engine.stand_down()
+    rig.engine.reset()
+    assert rig.engine.host.n_free == 32

@@ -2,23 +2,22 @@
 
 No server and no model, but SGLang's own requests, tree, allocator and pool, and real bytes. Copies end late, in any
 order, or fail; clients go away at any moment; HBM and host memory are far too small; weights change under all of it.
-In two of three walks there is a tier below, which answers late, fails, and loses pages.
+In two of three walks there are one or two tiers below, each of which answers late, fails, and loses pages on its own.
 After each step the laws of conservation are checked (`Scheduler.check`), and each forward checks the KV that it reads.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict
 from random import Random
 
 import pytest
 
-from hicache import Tier, prefills
+from hicache import WRITE_POLICIES, Tier, prefills
 from sgl_lmcache.namespace import Namespace
 from tests.support.clock import Clock
-from tests.support.real_cache import RealCache
+from tests.support.real_cache import OpenTier, RealCache
 from tests.support.scheduler import Scheduler
 from tests.support.stepped_copies import SteppedCopies
 from tests.support.tiers import FaultyTier, MemoryTier
@@ -51,14 +50,18 @@ MUST_BE_SEEN = (
     "tickets_unleased",
     "fetched",
     "fetch_missed",
-    "spilled",
-    "spill_skipped",
-    "spill_failed",
+    "spilled through",
+    "spilled selective",
+    "spilled back",
+    "skipped through",
+    "skipped selective",
+    "failed through",
+    "failed selective",
     "admitted with fetched pages",
 )
 
 
-def make_scheduler(rng: Random, tree_core: str, clock: Clock) -> Scheduler:
+def make_scheduler(rng: Random, tree_core: str, clock: Clock, n_tiers: int) -> Scheduler:
     """HBM from a little more than the longest request needs, host memory from next to nothing."""
     real = RealCache(
         rng.randint(13, 40),
@@ -70,15 +73,20 @@ def make_scheduler(rng: Random, tree_core: str, clock: Clock) -> Scheduler:
         max_leased_share=rng.choice((0.0, 0.5, 1.0)),
         clock=clock,
         make_copies=SteppedCopies,
-        open_tier=rng.choice((None, slow_tiers(10), slow_tiers(1000))),
+        open_tiers=draw_tiers(rng, n_tiers),
         batch_pages=rng.choice((1, 3)),
     )
     assert isinstance(real.copies, SteppedCopies)
     return Scheduler(real, real.copies)
 
 
-def slow_tiers(limit_pages: int) -> Callable[[Slab, Namespace], Tier]:
-    """Opens tiers that keep so many pages in memory and answer when they are told to."""
+def draw_tiers(rng: Random, n_tiers: int) -> list[tuple[OpenTier, str]]:
+    """Tiers of any size and write policy."""
+    return [(slow_tier(rng.choice((10, 1000))), rng.choice(tuple(WRITE_POLICIES))) for _ in range(n_tiers)]
+
+
+def slow_tier(limit_pages: int) -> OpenTier:
+    """Opens a tier that keeps so many pages in memory and answers when it is told to."""
 
     def open_tier(slab: Slab, namespace: Namespace) -> Tier:
         tier = FaultyTier(MemoryTier(slab.array, limit_pages))
@@ -91,7 +99,7 @@ def slow_tiers(limit_pages: int) -> Callable[[Slab, Namespace], Tier]:
 def walk(seed: int, tree_core: str) -> Counter[str]:
     """N_STEPS steps, then an end to everything. What has been seen on the way."""
     rng, clock = Random(f"{tree_core}/{seed}"), Clock()
-    scheduler = make_scheduler(rng, tree_core, clock)
+    scheduler = make_scheduler(rng, tree_core, clock, n_tiers=seed // 3 % 3)
     walk = Walk(rng, scheduler)
     try:
         for _ in range(N_STEPS):
@@ -131,15 +139,19 @@ def drain(scheduler: Scheduler) -> None:
 
 def drain_step(scheduler: Scheduler) -> None:
     scheduler.copies.quiesce()
-    if scheduler.tier is not None:
-        scheduler.tier_answers(1000)
+    scheduler.tiers_answer()
     scheduler.prefill(32, 6)
     scheduler.decode()
 
 
-def stats_of(scheduler: Scheduler) -> dict[str, int]:
-    stats = scheduler.real.engine.stats
-    return {field.name: getattr(stats, field.name) for field in fields(stats)}
+def stats_of(scheduler: Scheduler) -> Counter[str]:
+    """What the engine has counted; what has been given to tiers, by their write policies."""
+    engine = scheduler.real.engine
+    counts = Counter(asdict(engine.stats))
+    if engine.below is not None:
+        for spills, (_, write) in zip(engine.below.spills, scheduler.real.open_tiers, strict=True):
+            counts.update({f"{name} {write}": count for name, count in asdict(spills.stats).items()})
+    return counts
 
 
 @pytest.mark.parametrize("tree_core", ["rust", "python"])

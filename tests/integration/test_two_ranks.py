@@ -7,7 +7,7 @@ exchange equally many messages, and none when there is nothing to agree on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from random import Random
@@ -17,21 +17,18 @@ import numpy as np
 import pytest
 import torch
 
-from hicache import prefills
+from hicache import Engine, SpillStats, Stats, prefills
 from radix import HOST
-from tests.integration.test_cache_machine import PAGE, drain_step, slow_tiers, stats_of
+from tests.integration.test_cache_machine import PAGE, drain_step, draw_tiers, slow_tier, stats_of
 from tests.support.clock import Clock
 from tests.support.meeting import Meeting, MeetingRanks
-from tests.support.real_cache import RealCache
+from tests.support.real_cache import OpenTier, RealCache
 from tests.support.scheduler import Prompt, Scheduler
 from tests.support.stepped_copies import SteppedCopies
 from tests.support.walk import Step, Walk, copy_step, step
 
 N_STEPS = 1_500
 N_WALKS = 12
-TIERS = (None, 10, 1000, 1000)
-"""How many pages the tiers keep; None: there are none."""
-
 MUST_BE_SEEN = (
     "restored",
     "failed",
@@ -42,8 +39,10 @@ MUST_BE_SEEN = (
     "reductions",
     "fetched",
     "fetch_missed",
-    "spilled",
-    "spill_failed",
+    "spilled through",
+    "spilled selective",
+    "spilled back",
+    "failed through",
     "admitted with fetched pages",
 )
 
@@ -51,8 +50,8 @@ MUST_BE_SEEN = (
 class TwoRanks:
     """Two schedulers that take the same steps. Their copies do as they like."""
 
-    def __init__(self, rng: Random, below: int | None) -> None:
-        """below: how many pages the tier of each keeps; None: there is no tier."""
+    def __init__(self, rng: Random, below: Sequence[tuple[OpenTier, str]]) -> None:
+        """below: the tiers of each, with their write policies."""
         sizes = rng.randint(13, 40), rng.choice((16, 40, 80) if below else (6, 12, 24, 40, 80))
         max_pending_pages, max_leased_share = rng.choice((3, 1000)), rng.choice((0.0, 0.5, 1.0))
         self.meeting = Meeting(2)
@@ -65,7 +64,12 @@ class TwoRanks:
         ]
 
     def _scheduler(
-        self, rank: int, sizes: tuple[int, int], max_pending_pages: int, share: float, below: int | None
+        self,
+        rank: int,
+        sizes: tuple[int, int],
+        max_pending_pages: int,
+        share: float,
+        below: Sequence[tuple[OpenTier, str]],
     ) -> Scheduler:
         real = RealCache(
             *sizes,
@@ -76,7 +80,7 @@ class TwoRanks:
             clock=self.clocks[rank],
             ranks=self.ranks[rank],
             make_copies=SteppedCopies,
-            open_tier=slow_tiers(below) if below else None,
+            open_tiers=below,
             batch_pages=2,
         )
         self.ranks[rank].may_ask = lambda: (
@@ -103,11 +107,16 @@ class TwoRanks:
         first, second = (scheduler.real.engine for scheduler in self.schedulers)
         for name, column in first.index._columns._asdict().items():
             assert np.array_equal(column, getattr(second.index._columns, name)), f"{name} of the index differs"
-        orders = [engine.index._policies[HOST].members().tolist() for engine in (first, second)]
-        assert orders[0] == orders[1], "the order of eviction differs"
+        orders = [engine.index._policies[HOST].members() for engine in (first, second)]
+        assert orders[0].tolist() == orders[1].tolist(), "the order of eviction differs"
         assert first.digest == second.digest
         assert first.tainted == second.tainted
         assert first.stats == second.stats
+        if first.below is not None and second.below is not None:
+            for one, other in zip(first.below.spills, second.below.spills, strict=True):
+                assert one.stats == other.stats
+                given = [spills.given(rows).tolist() for spills, rows in zip((one, other), orders, strict=True)]
+                assert given[0] == given[1], "what a tier has been given differs"
 
     def check_requests(self) -> None:
         """The ranks serve the same requests, and have asked each other equally often."""
@@ -163,11 +172,11 @@ def test_ranks_whose_copies_end_at_other_times_stay_the_same(monkeypatch: pytest
     for seed in range(N_WALKS):
         monkeypatch.setattr(prefills, "MIN_SHARED_PAGES", (1, 2, 16)[seed % 3])
         rng = Random(seed)
-        two = TwoRanks(rng, rng.choice(TIERS))
+        two = TwoRanks(rng, draw_tiers(rng, seed // 3 % 3))
         walk(two, rng, N_STEPS, check=two.check)
         two.drain()
         two.close()
-        seen += two.schedulers[0].seen + Counter(stats_of(two.schedulers[0]))
+        seen += two.schedulers[0].seen + stats_of(two.schedulers[0])
         seen["reductions"] += two.ranks[0].n_reductions
     for name in MUST_BE_SEEN:
         assert seen[name] >= 5, f"next to never seen: {name}: {seen}"
@@ -178,15 +187,15 @@ def test_a_rank_that_has_diverged_taints_all_and_nobody_hangs(seed: int, monkeyp
     """A write-back is decided on one rank only: that is our own bug, and it must not cost more than the cache."""
     monkeypatch.setattr(prefills, "MIN_SHARED_PAGES", 1)
     rng = Random(seed)
-    two = TwoRanks(rng, rng.choice(TIERS))
+    two = TwoRanks(rng, draw_tiers(rng, seed % 3))
     walk(two, rng, 150, check=two.check)
     two.drain()
     for scheduler in two.schedulers:
         scheduler.end_weights()
     two.take(step("flush"))
     for scheduler in two.schedulers:
-        if scheduler.tier is not None:
-            scheduler.tier.release()
+        for tier in scheduler.tiers:
+            tier.release()
     lost = two.schedulers[1].real.engine
     with mock.patch.object(lost, "begin_offload", lost.skip_offload):
         two.take(step("arrive", "lost", Prompt(tuple(range(5000, 5040)))))
@@ -212,21 +221,33 @@ def test_a_rank_that_has_diverged_taints_all_and_nobody_hangs(seed: int, monkeyp
     for scheduler in two.schedulers:
         scheduler.end_weights()
     two.take(step("flush"))
-    for field in fields(lost.stats):  # what was counted meanwhile differs, and may
-        setattr(lost.stats, field.name, getattr(two.schedulers[0].real.engine.stats, field.name))
+    _count_on_from(two.schedulers[0].real.engine, lost)
     two.check()
     walk(two, rng, 150, check=two.check)
     two.drain()
     two.close()
 
 
+def _count_on_from(engine: Engine, lost: Engine) -> None:
+    """What was counted while they had diverged differs, and may."""
+    counted: list[Stats | SpillStats] = [engine.stats]
+    missed: list[Stats | SpillStats] = [lost.stats]
+    if engine.below is not None and lost.below is not None:
+        counted += [spills.stats for spills in engine.below.spills]
+        missed += [spills.stats for spills in lost.below.spills]
+    for right, wrong in zip(counted, missed, strict=True):
+        for field in fields(right):
+            setattr(wrong, field.name, getattr(right, field.name))
+
+
+@pytest.mark.parametrize("n_tiers", [1, 2])
 def test_ranks_that_diverge_while_the_disk_of_one_hangs_are_tainted_for_good_and_nobody_hangs(
-    monkeypatch: pytest.MonkeyPatch,
+    n_tiers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What that disk may still write is known to its rank only, so none may use its slots again."""
     monkeypatch.setattr("hicache.engine.STAND_DOWN_S", 0.0)
     rng = Random(8)
-    two = TwoRanks(rng, below=1000)
+    two = TwoRanks(rng, [(slow_tier(1000), "through")] * n_tiers)
     kept, other = Prompt(tuple(range(5000, 5024))), Prompt(tuple(range(6000, 6040)))
     two.take(step("arrive", "kept", kept))
     for _ in range(4):
@@ -258,7 +279,6 @@ def test_ranks_that_diverge_while_the_disk_of_one_hangs_are_tainted_for_good_and
 
 
 def drain_step_of_tiers(scheduler: Scheduler) -> None:
-    """Copies end and the tier answers."""
+    """Copies end and the tiers answer."""
     scheduler.copies.quiesce()
-    if scheduler.tier is not None:
-        scheduler.tier_answers(1000)
+    scheduler.tiers_answer()

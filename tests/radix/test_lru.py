@@ -164,11 +164,23 @@ def test_a_lower_tier_can_have_a_policy_and_has_no_slots() -> None:
     assert evicted.slots.tolist() == []
     with pytest.raises(ValueError, match="no eviction policy"):
         index.evict(1)
+    with pytest.raises(ValueError, match="no eviction policy"):
+        index.eviction_order(1)
     index.check_invariants()
 
 
 def test_nothing_is_asked_for_and_nothing_taken() -> None:
     assert Host("ab").evict(0) == []
+
+
+def test_the_order_is_told_without_a_change_and_leases_do_not_matter_for_it() -> None:
+    host = Host("abc", "xy")
+    host.index.lease(host.rows("abc"))
+    assert host.index.eviction_order(4).tolist() == host.rows("abc", "ab", "a", "xy").tolist()
+    assert host.index.eviction_order(9).tolist() == host.index._policies[HOST].members().tolist()
+    assert host.index.eviction_order(0).tolist() == []
+    host.index.release(host.rows("abc"))
+    assert host.evict(9) == ["abc", "ab", "a", "xy", "x"]
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:

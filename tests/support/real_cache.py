@@ -33,7 +33,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import publish
 from sglang.srt.server_args import ServerArgs
 
-from hicache import Engine, Tier
+from hicache import Engine, LowerTier, Tier
 from radix import HBM, HOST, Index, State
 from sgl_lmcache.cache import TieredRadixCache
 from sgl_lmcache.keys import to_blob
@@ -47,6 +47,8 @@ from transfer.layout import PageLayout
 from transfer.slab import Slab
 
 N_LAYERS, N_HEADS, HEAD_DIM = 3, 2, 8
+
+OpenTier = Callable[[Slab, Namespace], Tier]
 
 
 def namespace() -> Namespace:
@@ -84,7 +86,10 @@ class Request:
 
 
 class RealCache:
-    """A cache over `n_device_pages` of HBM and `n_slots` of host memory. Call `close`."""
+    """A cache over `n_device_pages` of HBM and `n_slots` of host memory. Call `close`.
+
+    open_tiers: what lies below, fastest first, each with its write policy. open_tier: the same for one, `through`.
+    """
 
     def __init__(
         self,
@@ -99,7 +104,8 @@ class RealCache:
         clock: Callable[[], float] = time.monotonic,
         ranks: Ranks | None = None,
         make_copies: Callable[[DevicePool, PageLayout, Slab], Copies] = CpuCopies,
-        open_tier: Callable[[Slab, Namespace], Tier] | None = None,
+        open_tier: OpenTier | None = None,
+        open_tiers: Sequence[tuple[OpenTier, str]] = (),
         batch_pages: int = 16,
         fetch_only_if_faster: bool = False,
     ) -> None:
@@ -125,13 +131,14 @@ class RealCache:
         )
         device_pool, layout = describe_pool(self.pool, page_size)
         self.slab = Slab(n_slots, layout.slot_nbytes)
+        self.open_tiers = [(open_tier, "through")] if open_tier is not None else open_tiers
         self.engine = Engine(
             Index(2 * (n_device_pages + n_slots) + 64),
             n_slots,
             clock=clock,
             ticket_timeout_s=60.0,
             max_leased_share=max_leased_share,
-            tier=None if open_tier is None else open_tier(self.slab, namespace()),
+            tiers=[LowerTier(open_one(self.slab, namespace()), write) for open_one, write in self.open_tiers],
             batch_pages=batch_pages,
             fetch_only_if_faster=fetch_only_if_faster,
         )
@@ -151,9 +158,8 @@ class RealCache:
             namespace(),
             ranks or OneRank(),
             weights_digest=partial(next, (f"{number:032x}" for number in count())),
-            next_tier=None if open_tier is None else self._next_tier,
+            next_tiers=self._next_tiers,
         )
-        self._open_tier = open_tier
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
 
     # ---- the scheduler's part ----
@@ -260,15 +266,15 @@ class RealCache:
 
     # ---- checks ----
 
-    def _next_tier(self, namespace: Namespace, before: Tier) -> Tier:
-        assert self._open_tier is not None
-        before.close()
-        return self._open_tier(self.slab, namespace)
+    def _next_tiers(self, namespace: Namespace, before: Sequence[Tier]) -> Sequence[Tier]:
+        for tier in before:
+            tier.close()
+        return [open_tier(self.slab, namespace) for open_tier, _ in self.open_tiers]
 
     @property
-    def tier(self) -> Tier | None:
-        """What lies below host memory now: new weights bring another."""
-        return None if self.engine.below is None else self.engine.below.tier
+    def tiers(self) -> tuple[Tier, ...]:
+        """What lies below host memory now: new weights bring others."""
+        return () if self.engine.below is None else self.engine.below.tiers
 
     def settle(self) -> None:
         """Let all copies land and SGLang acknowledge them."""

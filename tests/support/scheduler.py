@@ -310,23 +310,29 @@ class Scheduler:
         self.copies.fail_restores = fail
 
     @property
-    def tier(self) -> FaultyTier | None:
+    def tiers(self) -> list[FaultyTier]:
         """What lies below host memory now, if it is of the kind that answers when told to."""
-        return self.real.tier if isinstance(self.real.tier, FaultyTier) else None
+        return [tier for tier in self.real.tiers if isinstance(tier, FaultyTier)]
 
-    def tier_answers(self, n_calls: int, *, n_failing: int = 0, n_missing: int = 0) -> None:
-        assert self.tier is not None
-        self.tier.fail_next(n_failing)
-        self.tier.miss_next(n_missing)
-        if self.tier.n_held:
-            self.tier.release(min(n_calls, self.tier.n_held))
-        self.seen["the tier failed"] += n_failing
+    def tier_answers(self, position: int, n_calls: int, *, n_failing: int = 0, n_missing: int = 0) -> None:
+        """One of the tiers does."""
+        tier = self.tiers[position]
+        tier.fail_next(n_failing)
+        tier.miss_next(n_missing)
+        tier.release(min(n_calls, tier.n_held))
+        self.seen["a tier failed"] += n_failing
 
-    def tier_forgets(self, n_kept: int) -> None:
-        """All but the first n_kept pages that the tier has are lost: evicted, or found damaged."""
-        assert self.tier is not None
-        assert isinstance(self.tier.inner, MemoryTier)
-        self.tier.inner.forget_all_but(n_kept)
+    def tiers_answer(self) -> None:
+        """All of them, to whatever they have been asked."""
+        for tier in self.tiers:
+            if tier.n_held:
+                tier.release(tier.n_held)
+
+    def tier_forgets(self, position: int, n_kept: int) -> None:
+        """All but the first n_kept pages that a tier has are lost: evicted, or found damaged."""
+        inner = self.tiers[position].inner
+        assert isinstance(inner, MemoryTier)
+        inner.forget_all_but(n_kept)
 
     def evict(self, n_pages: int) -> None:
         """Room in HBM for n_pages, if that many can go."""
@@ -423,7 +429,8 @@ class Scheduler:
         claims += [restore.rows for load in linker._running for restore in load.restores]
         if engine.below is not None:
             claims += [fetch.rows for fetch in engine.below.fetches._loading if fetch.lingering is None]
-            claims += [spill.rows for spill in engine.below.spills._line if not spill.is_detached]
+            for spills in engine.below.spills:
+                claims += [spill.rows for spill in spills._line if not spill.is_detached]
         leases = engine.index._columns.leases
         expected = np.zeros_like(leases)
         for rows in claims:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -27,14 +27,14 @@ def done(value: int) -> Future[int]:
 class MemoryTier(Tier):
     """Keeps pages in a dictionary, up to `limit_pages`; then it stores no more. Answers at once.
 
-    `touched` lists the keys of all `touch` calls, in order; it evicts nothing, so it has no other use for them. A load
-    is said to take `load_s_per_page` for each page, whatever it really takes.
+    `pages` are what it has, by key. `touched` lists the keys of all `touch` calls, in order; it evicts nothing, so it
+    has no other use for them. A load is said to take `load_s_per_page` for each page, whatever it really takes.
     """
 
     def __init__(self, slab: npt.NDArray[np.uint8], limit_pages: int) -> None:
         self._slab = slab
         self._limit_pages = limit_pages
-        self._pages: dict[bytes, bytes] = {}
+        self.pages: dict[bytes, bytes] = {}
         self._counts = {"loaded": 0, "stored": 0, "deleted": 0}
         self.touched: list[bytes] = []
         self.load_s_per_page = 0.0
@@ -50,15 +50,17 @@ class MemoryTier(Tier):
     def load(self, batch: Batch) -> Future[int]:
         n_pages = self._prefix(batch.keys)
         for key, slot in zip(split(batch.keys)[:n_pages], batch.slots, strict=False):
-            self._slab[slot] = np.frombuffer(self._pages[key], dtype=np.uint8)
+            self._slab[slot] = np.frombuffer(self.pages[key], dtype=np.uint8)
         self._counts["loaded"] += n_pages
         return done(n_pages)
 
     def store(self, batch: Batch) -> Future[int]:
         for n_stored, (key, slot) in enumerate(zip(split(batch.keys), batch.slots, strict=True)):
-            if key not in self._pages and len(self._pages) == self._limit_pages:
+            if key in self.pages:
+                continue
+            if len(self.pages) == self._limit_pages:
                 return done(n_stored)
-            self._pages[key] = self._slab[slot].tobytes()
+            self.pages[key] = self._slab[slot].tobytes()
             self._counts["stored"] += 1
         return done(len(batch))
 
@@ -66,13 +68,13 @@ class MemoryTier(Tier):
         self.touched.append(key)
 
     def delete(self, keys: bytes) -> Future[int]:
-        n_deleted = sum(self._pages.pop(key, None) is not None for key in split(keys))
+        n_deleted = sum(self.pages.pop(key, None) is not None for key in split(keys))
         self._counts["deleted"] += n_deleted
         return done(n_deleted)
 
     def clear(self) -> Future[int]:
-        n_pages = len(self._pages)
-        self._pages.clear()
+        n_pages = len(self.pages)
+        self.pages.clear()
         return done(n_pages)
 
     def expected_load_s(self, n_pages: int) -> float:
@@ -80,7 +82,7 @@ class MemoryTier(Tier):
 
     def capacity(self) -> Capacity:
         page_nbytes = self._slab.shape[1]
-        return Capacity(len(self._pages) * page_nbytes, self._limit_pages * page_nbytes)
+        return Capacity(len(self.pages) * page_nbytes, self._limit_pages * page_nbytes)
 
     def health(self) -> Health:
         return Health(available=not self.closed, reason="closed" if self.closed else "")
@@ -91,14 +93,18 @@ class MemoryTier(Tier):
     def close(self) -> None:
         self.closed = True
 
+    def put(self, keys: bytes, pages: Sequence[bytes]) -> None:
+        """Have these pages, as if they had been stored."""
+        self.pages.update(zip(split(keys), pages, strict=True))
+
     def forget_all_but(self, n_pages: int) -> None:
         """Keep only the first that were stored."""
-        self._pages = dict(list(self._pages.items())[:n_pages])
+        self.pages = dict(list(self.pages.items())[:n_pages])
 
     def _prefix(self, keys: bytes) -> int:
         found = 0
         for key in split(keys):
-            if key not in self._pages:
+            if key not in self.pages:
                 break
             found += 1
         return found

@@ -116,7 +116,7 @@ class Walk:
     def _flush(self) -> Step | None:
         if self._s.real.engine.tainted:
             return step("flush", paused=True)
-        often = 0.1 if self._s.tier is None else 0.5  # what is dropped above comes back from below
+        often = 0.5 if self._s.tiers else 0.1  # what is dropped above comes back from below
         return step("flush", paused=self._rng.random() < 0.5) if self._rng.random() < often else None
 
     # ---- weights ----
@@ -133,13 +133,15 @@ class Walk:
 
 
 def copy_step(rng: Random, scheduler: Scheduler) -> Step | None:
-    """Something of this rank's copies ends, or the tier below answers. None: nothing runs."""
-    copies, tier = scheduler.copies, scheduler.tier
-    if tier is not None and rng.random() < 0.004:
-        return step("tier_forgets", rng.randrange(10))
-    if tier is not None and tier.n_held and rng.random() < 0.8:
+    """Something of this rank's copies ends, or a tier below answers. None: nothing runs."""
+    copies, tiers = scheduler.copies, scheduler.tiers
+    if tiers and rng.random() < 0.004:
+        return step("tier_forgets", rng.randrange(len(tiers)), rng.randrange(10))
+    asked = [position for position, tier in enumerate(tiers) if tier.n_held]
+    if asked and rng.random() < 0.8:
         return step(
             "tier_answers",
+            rng.choice(asked),
             rng.choice((1, 2, 4, 100)),
             n_failing=int(rng.random() < 0.02),
             n_missing=int(rng.random() < 0.02),

@@ -288,16 +288,16 @@ def _open(cache: TieredRadixCache) -> dict[str, int]:
         "running_loads": len(linker._running),
         "private_loads": len(wrapper.private_load_indices),
         "copying": cache._engine._n_copying,
-        "below": 0 if below is None else len(below.fetches) + len(below.spills),
+        "below": 0 if below is None else len(below.fetches) + sum(map(len, below.spills)),
     }
 
 
 def _tier(engine: Engine) -> dict[str, int]:
-    """What the tier below host memory counts; empty without one."""
+    """What the first tier below host memory counts; empty without one."""
     if engine.below is None:
         return {}
-    health = engine.below.tier.health()
-    return {**engine.below.tier.stats(), "available": int(health.available)}
+    tier = engine.below.tiers[0]
+    return {**tier.stats(), "available": int(tier.health().available)}
 
 
 def _hbm(cache: TieredRadixCache) -> dict[str, int]:

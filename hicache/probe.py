@@ -1,0 +1,127 @@
+"""What several tiers have of one run of pages, and who brings which of them.
+
+Tiers are asked in their order, fastest first, each for the pages that those above it are not known to have. One that
+answers at once, as an SSD does whose map is in memory, leaves only the rest to the next. Where one has to be waited
+for, the next is asked for the same pages at the same time: several stores over a network cost one round trip together,
+and a page that two of them have comes from the faster one.
+
+The answers divide the run into shares, one behind the other, a tier each. All are loaded at the same time. What a tier
+does not bring of its share (the page was evicted meanwhile, or is damaged, or the store failed) is asked of the tiers
+behind it, one after the other. Tiers may be called by the engine's thread only, so nothing here goes on by itself: it
+goes on when it is looked at, once a scheduler iteration.
+
+A tier that fails has nothing. One that does not answer holds up for a short time only what others have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+
+from hicache.tier import Batch, Tier, answer_of, batches
+from radix import KEY_NBYTES
+
+Share = tuple[int, int, int]
+"""Pages of the run that come from one tier: which tier it is, the first page, and the end."""
+
+
+class Load:
+    """One batch on its way up. One thread, that of the engine.
+
+    tiers: who is asked for it, one after the other, until all of it is there.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], batch: Batch) -> None:
+        self._rest = batch
+        self._future = tiers[0].load(batch)
+        self._others = list(tiers[1:])
+        self._has_ended = False
+        self.n_good = 0
+        """Pages at the head of the batch that are in place and verified: of tiers that have ended with it."""
+
+    @property
+    def future(self) -> Future[int]:
+        """Of the tier that is at it now, or was last."""
+        return self._future
+
+    def done(self) -> bool:
+        """Whether no tier reads or writes a slot of it any more, and none will. Never blocks."""
+        while not self._has_ended and self._future.done():
+            n_brought = answer_of(self._future)
+            self.n_good += n_brought
+            self._rest = self._rest.part(n_brought, len(self._rest))
+            if len(self._rest) and self._others:
+                self._future = self._others.pop(0).load(self._rest)
+            else:
+                self._has_ended = True
+        return self._has_ended
+
+    def ask_no_other(self) -> None:
+        """What the tier that is at it does not bring is not wanted any more."""
+        self._others.clear()
+
+
+class Probe:
+    """Asks `tiers` what they have of the run `keys`. One thread, that of the engine.
+
+    clock: monotonic seconds. patience_s: how long those that have not answered may hold up what others have.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], keys: bytes, *, clock: Callable[[], float], patience_s: float) -> None:
+        self._tiers = tuple(tiers)
+        self._clock = clock
+        self._overdue_at_s = clock() + patience_s
+        self._asked: list[tuple[int, Future[int]]] = []
+        """Of the first tiers: from which page on each was asked, and its answer."""
+        start = 0
+        for tier in tiers:
+            if start * KEY_NBYTES == len(keys):
+                break
+            future = tier.exists(keys[start * KEY_NBYTES :])
+            self._asked.append((start, future))
+            if future.done():
+                start += answer_of(future)
+
+    def done(self) -> bool:
+        """Whether there is nothing more to wait for. Never blocks."""
+        if all(future.done() for _, future in self._asked):
+            return True
+        return self.n_found > 0 and self._clock() >= self._overdue_at_s
+
+    @property
+    def n_found(self) -> int:
+        """How many pages at the head of the run the tiers have together, by the answers so far. Never grows less."""
+        return max((end for _, _, end in self.shares()), default=0)
+
+    def shares(self) -> Iterator[Share]:
+        """Who brings what, by the answers so far: in path order, from page 0 to `n_found` without a gap."""
+        end = 0
+        for position, (start, future) in enumerate(self._asked):
+            found_end = start + answer_of(future) if future.done() else start
+            if found_end > end:
+                yield position, end, found_end
+                end = found_end
+
+    def expected_load_s(self, n_pages: int) -> float:
+        """Seconds that loading the first n_pages would take if asked for now; they are found. Never blocks."""
+        times = (
+            self._tiers[position].expected_load_s(min(end, n_pages) - start)
+            for position, start, end in self.shares()
+            if start < n_pages
+        )
+        return max(times, default=0.0)
+
+    def load(self, batch: Batch, first: int, batch_pages: int) -> list[tuple[int, Load]]:
+        """Have these pages loaded, which are found: the first of them is page `first` of the run.
+
+        batch_pages: the most that one call of a tier loads. Returns the parts in path order, each with where it ends in
+        the batch.
+        """
+        loads = []
+        for position, share_start, share_end in self.shares():
+            start, end = max(share_start - first, 0), min(share_end - first, len(batch))
+            if start < end:
+                tiers = self._tiers[position:]
+                parts = batches(batch.part(start, end), batch_pages)
+                loads += [(start + part_end, Load(tiers, part)) for part_end, part in parts]
+        return loads
