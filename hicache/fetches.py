@@ -17,7 +17,9 @@ below a page that is resident only, so that what has landed can be reached from 
 
 A load that takes too long is given up: its pages are as if they had never been there, so that they can be computed and
 kept. Slots that a disk may still write are nobody's until it is done, whatever has happened to their pages: they linger
-with their fetch, which gives them back when the tier says so. No other tier is asked for such pages.
+with their fetch, in a line of their own, and are given back when the tier says so. Until then that tier is asked for
+nothing more, on this rank. So one that hangs keeps what it was loading, half of host memory at most, and is not in the
+way of others.
 """
 
 from __future__ import annotations
@@ -39,8 +41,11 @@ from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 N_REPORTED = 8
 """Of the probing, the first so many are reported; of the loading, there are no more."""
 
-REPORT_SIZE = 1 + 2 * 2 * N_REPORTED
-"""Numbers in a report: how many loads are overdue, and a pair for each place in both lines."""
+N_LINGERING_REPORTED = 24
+"""Of the lingering, the first so many are reported: all that were loading when each of three tiers began to hang."""
+
+REPORT_SIZE = 1 + 2 * 2 * N_REPORTED + N_LINGERING_REPORTED
+"""Numbers in a report: how many loads are overdue, a pair for each place in both lines, and one for the lingering."""
 
 PATIENCE_SHARE = 0.1
 """Of the time that a load may take: how long a tier that does not answer holds up what others have found."""
@@ -73,8 +78,10 @@ class Fetch:
     """The batches, each with where it ends in `rows`."""
     n_landed: int = 0
     is_over: bool = False
-    lingering: Slots | None = None
-    """Slots that a tier may still write, of pages that have been given up."""
+    is_given_up: bool = False
+    """It took too long."""
+    lingering: Slots = field(default_factory=lambda: NO_ROWS)
+    """Slots that a tier may still write, of pages that have been dropped."""
     _n_seen: int = 0
     _n_settled: int = 0
     _n_good: int = 0
@@ -88,6 +95,10 @@ class Fetch:
             self._n_settled = end
             self._n_seen += 1
         return self._n_settled, self._n_good
+
+    def has_been_left(self) -> bool:
+        """Whether no tier is at a slot of it any more."""
+        return all(load.done() for _, load in self.loads)
 
     def ask_no_other(self) -> None:
         """What the tiers that are at it now do not bring is not wanted any more."""
@@ -127,16 +138,19 @@ class Fetches:
         self._probing: dict[Fetch, None] = {}
         self._found: dict[Fetch, None] = {}
         self._loading: dict[Fetch, None] = {}
+        self._lingering: dict[Fetch, None] = {}
         self._ageing: Waits[Fetch] = Waits(timeout_s, clock)
         self._n_loading_pages = 0
         self.n_ended = 0
 
     def __len__(self) -> int:
-        return len(self._probing) + len(self._found) + len(self._loading)
+        return len(self._probing) + len(self._found) + len(self._loading) + len(self._lingering)
 
     def open(self, keys: bytes, parent: bytes | None, depth: int, n_in_hbm: int) -> Fetch:
         """Ask the tiers for these pages. The fetch `is_over` when there is nothing more to wait for."""
-        probe = Probe(self.tiers, keys, clock=self._clock, patience_s=self._patience_s)
+        stuck = self._stuck_tiers()
+        tiers = [tier for tier in self.tiers if tier not in stuck]
+        probe = Probe(tiers, keys, clock=self._clock, patience_s=self._patience_s)
         fetch = Fetch(keys, parent, depth, n_in_hbm, probe)
         self._probing[fetch] = None
         return fetch
@@ -164,12 +178,16 @@ class Fetches:
         for line in (probes, loads):
             padded = line + [(0, 0)] * (N_REPORTED - len(line))
             numbers.extend(number for pair in padded for number in pair)
-        return numbers
+        ended = [int(fetch.has_been_left()) for fetch in islice(self._lingering, N_LINGERING_REPORTED)]
+        return numbers + ended + [0] * (N_LINGERING_REPORTED - len(ended))
 
     def follow(self, agreed: Sequence[int]) -> list[Fetch]:
         """Act on the minima over all ranks of their reports. Returns the fetches that have started to load."""
-        n_overdue, *numbers = agreed
+        n_overdue, *numbers = agreed[:-N_LINGERING_REPORTED]
         pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+        for fetch, has_ended in zip(tuple(self._lingering), agreed[-N_LINGERING_REPORTED:], strict=False):
+            if has_ended:
+                self._end_lingering(fetch)
         for fetch, (n_settled, n_good) in zip(tuple(self._loading), pairs[N_REPORTED:], strict=False):
             self._advance(fetch, n_settled, n_good)
         for fetch in self._ageing.expire(n_overdue):
@@ -195,7 +213,7 @@ class Fetches:
 
     def futures(self) -> list[Future[int]]:
         """Of the loads that are under way."""
-        return [load.future for fetch in self._loading for _, load in fetch.loads]
+        return [load.future for fetch in (*self._loading, *self._lingering) for _, load in fetch.loads]
 
     def ask_no_other(self) -> None:
         """What the tiers that are at it now do not bring is not wanted any more."""
@@ -207,7 +225,10 @@ class Fetches:
         self.drop_all()
         for fetch in tuple(self._loading):
             self._advance(fetch, *fetch.seen())
-        return not self._loading
+        for fetch in tuple(self._lingering):
+            if fetch.has_been_left():
+                self._end_lingering(fetch)
+        return not self._loading and not self._lingering
 
     def _start_found(self) -> list[Fetch]:
         """Start those whose turn it is, until one has no room. Returns them."""
@@ -272,11 +293,16 @@ class Fetches:
         fetch.start = fetch.depth + first
         fetch.rows, fetch.slots = admitted, self._host.slots(admitted)
         run = Batch.below(above, keys[: len(admitted) * KEY_NBYTES], fetch.slots, fetch.start)
-        fetch.loads = fetch.probe.load(run, first, self._batch_pages)
+        fetch.loads = fetch.probe.load(run, first, batch_pages=self._batch_pages, without=self._stuck_tiers())
         return True
 
+    def _stuck_tiers(self) -> set[Tier]:
+        """On this rank: those that are still at slots of a load that was given up."""
+        loads = (load for fetch in self._lingering if fetch.is_given_up for _, load in fetch.loads)
+        return {load.tier for load in loads if not load.done() and load.tier is not None}
+
     def _advance(self, fetch: Fetch, n_settled: int, n_good: int) -> None:
-        if fetch.lingering is None and n_good > fetch.n_landed:
+        if n_good > fetch.n_landed:
             landed = fetch.rows[fetch.n_landed : n_good]
             self._host.land(landed)
             self._stats.fetched += len(landed)
@@ -284,35 +310,38 @@ class Fetches:
             self._tell_landed(landed)
         if n_settled < len(fetch.slots):
             return
-        if fetch.lingering is not None:
-            self._host.end_lingering(fetch.lingering)
-        else:
-            self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
-            self._host.abandon(fetch.rows[fetch.n_landed :])
-            self._index.release(fetch.rows)
-        self._n_loading_pages -= len(fetch.slots)
+        self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
+        self._host.abandon(fetch.rows[fetch.n_landed :])
+        self._index.release(fetch.rows)
         self._end(fetch)
 
     def _give_up(self, fetch: Fetch) -> None:
-        """What has not landed will not; nobody waits for it any more. Its slots linger until the tiers are done."""
+        """What has not landed will not; nobody waits for it any more."""
         self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
-        self._host.linger(self._detach(fetch))
-        fetch.is_over = True
-        self.n_ended += 1
+        fetch.is_given_up = True
+        self._detach(fetch)
+        self._host.linger(fetch.lingering)
 
-    def _detach(self, fetch: Fetch) -> Slots:
-        """Drop the pages that have not landed; no other tier is asked for them. Returns their slots."""
+    def _detach(self, fetch: Fetch) -> None:
+        """Drop the pages that have not landed; no other tier is asked for them. Their slots begin to linger."""
         self._index.abort(fetch.rows[fetch.n_landed :], HOST)
         self._index.release(fetch.rows)
-        self._ageing.discard(fetch)
         fetch.ask_no_other()
         fetch.lingering = fetch.slots[fetch.n_landed :]
-        return fetch.lingering
+        self._end(fetch)
+        self._lingering[fetch] = None
+
+    def _end_lingering(self, fetch: Fetch) -> None:
+        del self._lingering[fetch]
+        self._host.end_lingering(fetch.lingering)
 
     def _end(self, fetch: Fetch) -> None:
+        """Nobody waits for it any more."""
         self._probing.pop(fetch, None)
         self._found.pop(fetch, None)
-        self._loading.pop(fetch, None)
+        if fetch in self._loading:
+            del self._loading[fetch]
+            self._n_loading_pages -= len(fetch.slots)
         self._ageing.discard(fetch)
         fetch.is_over = True
         self.n_ended += 1
@@ -322,8 +351,9 @@ class Fetches:
     def detach(self) -> Slots:
         """The pages of all fetches are dropped. Returns the slots that tiers may still write, which linger."""
         self.drop_all()
-        lingering = [self._detach(fetch) if fetch.lingering is None else fetch.lingering for fetch in self._loading]
-        return np.concatenate([NO_ROWS, *lingering])
+        for fetch in tuple(self._loading):
+            self._detach(fetch)
+        return np.concatenate([NO_ROWS, *(fetch.lingering for fetch in self._lingering)])
 
     def check_invariants(self) -> None:
         """Raises AssertionError that names what is broken."""

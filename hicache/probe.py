@@ -15,10 +15,10 @@ A tier that fails has nothing. One that does not answer holds up for a short tim
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 
-from hicache.tier import Batch, Tier, answer_of, batches
+from hicache.tier import Batch, Tier, answer_of, answered, batches
 from radix import KEY_NBYTES
 
 Share = tuple[int, int, int]
@@ -33,28 +33,28 @@ class Load:
 
     def __init__(self, tiers: Sequence[Tier], batch: Batch) -> None:
         self._rest = batch
-        self._future = tiers[0].load(batch)
-        self._others = list(tiers[1:])
-        self._has_ended = False
+        self._others = list(tiers)
+        self.tier: Tier | None = None
+        """Who is at it now; None when it has ended."""
+        self.future = answered(0)
+        """Of the tier that is at it now, or was last."""
         self.n_good = 0
         """Pages at the head of the batch that are in place and verified: of tiers that have ended with it."""
+        self._ask_next()
 
-    @property
-    def future(self) -> Future[int]:
-        """Of the tier that is at it now, or was last."""
-        return self._future
+    def _ask_next(self) -> None:
+        self.tier = self._others.pop(0) if len(self._rest) and self._others else None
+        if self.tier is not None:
+            self.future = self.tier.load(self._rest)
 
     def done(self) -> bool:
         """Whether no tier reads or writes a slot of it any more, and none will. Never blocks."""
-        while not self._has_ended and self._future.done():
-            n_brought = answer_of(self._future)
+        while self.tier is not None and self.future.done():
+            n_brought = answer_of(self.future)
             self.n_good += n_brought
             self._rest = self._rest.part(n_brought, len(self._rest))
-            if len(self._rest) and self._others:
-                self._future = self._others.pop(0).load(self._rest)
-            else:
-                self._has_ended = True
-        return self._has_ended
+            self._ask_next()
+        return self.tier is None
 
     def ask_no_other(self) -> None:
         """What the tier that is at it does not bring is not wanted any more."""
@@ -111,17 +111,19 @@ class Probe:
         )
         return max(times, default=0.0)
 
-    def load(self, batch: Batch, first: int, batch_pages: int) -> list[tuple[int, Load]]:
+    def load(
+        self, batch: Batch, first: int, *, batch_pages: int, without: Collection[Tier] = ()
+    ) -> list[tuple[int, Load]]:
         """Have these pages loaded, which are found: the first of them is page `first` of the run.
 
-        batch_pages: the most that one call of a tier loads. Returns the parts in path order, each with where it ends in
-        the batch.
+        batch_pages: the most that one call of a tier loads. without: tiers that are to be asked for nothing.
+        Returns the parts in path order, each with where it ends in the batch.
         """
         loads = []
         for position, share_start, share_end in self.shares():
             start, end = max(share_start - first, 0), min(share_end - first, len(batch))
             if start < end:
-                tiers = self._tiers[position:]
+                tiers = [tier for tier in self._tiers[position:] if tier not in without]
                 parts = batches(batch.part(start, end), batch_pages)
                 loads += [(start + part_end, Load(tiers, part)) for part_end, part in parts]
         return loads

@@ -262,6 +262,10 @@ def test_loads_that_hang_keep_half_of_host_memory_at_most_and_nobody_for_ever() 
     rig.clock.now_s += TIMEOUT_S
     rig.agree()
     assert not any(waits(ticket) for ticket in tickets)
+    rig.agree()  # the next in line have started, and found that nobody may be asked
+    assert rig.engine.index.count(HOST, State.INCOMING) == 0
+    assert rig.tier.n_held == 4
+    assert rig.engine.host.n_free == 8
     rig.write_back(path_keys("xyz"))
     assert rig.holds(path_keys("xyz")) == 3
 
@@ -595,6 +599,38 @@ def test_a_slower_tier_that_hangs_keeps_its_own_pages_only() -> None:
     rig.tiers[1].release()
     rig.agree()
     assert rig.engine.host.n_free == 32 - 2
+
+
+def test_a_tier_that_hangs_is_not_in_the_way_of_what_others_load() -> None:
+    """Whatever it was loading when it began to hang, and however long that takes."""
+    rig = Rig(n_slots=64, writes=("back", "back"))
+    hung = [path_keys(letter * 2) for letter in "abcdefghij"]
+    late, other = path_keys("mno"), path_keys("xyz")
+    for keys in hung:
+        rig.put(0, keys)
+    tickets = [rig.engine.open_ticket(keys, None) for keys in hung]
+    rig.tier.hold()
+    rig.agree()
+    rig.clock.now_s += TIMEOUT_S
+    rig.agree()
+    rig.agree()
+    assert not any(waits(ticket) for ticket in tickets)
+    assert rig.engine.host.n_free == 64 - 2 * N_REPORTED
+    rig.put(0, late)
+    rig.put(1, other)
+    n_held = rig.tier.n_held
+    for keys in (late, other):
+        rig.engine.open_ticket(keys, None)
+    for _ in range(3):
+        rig.agree()
+    assert rig.holds(other) == 3
+    assert rig.tier.n_held == n_held, "it is asked for nothing while it keeps slots"
+    rig.tier.release()
+    rig.agree()
+    assert rig.engine.host.n_free == 64 - 3
+    rig.engine.open_ticket(late, None)
+    rig.settle()
+    assert rig.holds(late) == 3
 
 
 def test_no_other_tier_is_asked_for_pages_that_were_given_up() -> None:

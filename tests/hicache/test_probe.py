@@ -59,7 +59,7 @@ class Case:
         slots = np.arange(first, first + n_pages, dtype=np.int32)
         above = KEYS[32 * (first - 1) : 32 * first] or None
         run = Batch.below(above, KEYS[32 * first : 32 * (first + n_pages)], slots, first)
-        return self.probe.load(run, first, batch_pages)
+        return self.probe.load(run, first, batch_pages=batch_pages)
 
     def n_right(self) -> int:
         """How many slots from the first have the bytes of their pages."""
@@ -264,7 +264,7 @@ class SeveralTiers(Tier):
     def load(self, batch: Batch) -> Future[int]:
         probe = self._probe(batch.keys)
         n_good = 0
-        for end, load in probe.load(batch.part(0, probe.n_found), 0, 3):
+        for end, load in probe.load(batch.part(0, probe.n_found), 0, batch_pages=3):
             assert load.done()
             n_good += load.n_good
             if n_good < end:

@@ -53,10 +53,8 @@ MUST_BE_SEEN = (
     "spilled through",
     "spilled selective",
     "spilled back",
-    "skipped through",
-    "skipped selective",
-    "failed through",
-    "failed selective",
+    "skipped by tiers",
+    "failed by tiers",
     "admitted with fetched pages",
 )
 
@@ -145,12 +143,14 @@ def drain_step(scheduler: Scheduler) -> None:
 
 
 def stats_of(scheduler: Scheduler) -> Counter[str]:
-    """What the engine has counted; what has been given to tiers, by their write policies."""
+    """What the engine has counted; and what has been given to tiers, by their write policies and of all."""
     engine = scheduler.real.engine
     counts = Counter(asdict(engine.stats))
     if engine.below is not None:
         for spills, (_, write) in zip(engine.below.spills, scheduler.real.open_tiers, strict=True):
-            counts.update({f"{name} {write}": count for name, count in asdict(spills.stats).items()})
+            for name, count in asdict(spills.stats).items():
+                counts[f"{name} {write}"] += count
+                counts[f"{name} by tiers"] += count
     return counts
 
 

@@ -42,7 +42,7 @@ MUST_BE_SEEN = (
     "spilled through",
     "spilled selective",
     "spilled back",
-    "failed through",
+    "failed by tiers",
     "admitted with fetched pages",
 )
 
@@ -160,7 +160,7 @@ def walk(two: TwoRanks, rng: Random, n_steps: int, *, check: Callable[[], None])
             walk.taken.append(str(common))
             two.take(common)
             check()
-            two.clocks[0].now_s += rng.choice((0.0, 5.0, 70.0)) if rng.random() < 0.1 else 0.0
+            two.clocks[0].now_s += rng.choice((0.0, 0.1, 0.1, 5.0, 70.0)) if rng.random() < 0.1 else 0.0
             two.clocks[1].now_s += rng.choice((0.0, 500.0))
     except BaseException as error:
         error.add_note("\n".join(["the last steps were:", *walk.taken]))

@@ -428,7 +428,7 @@ class Scheduler:
         claims += [load.restore.rows for load in linker._queued.values()]
         claims += [restore.rows for load in linker._running for restore in load.restores]
         if engine.below is not None:
-            claims += [fetch.rows for fetch in engine.below.fetches._loading if fetch.lingering is None]
+            claims += [fetch.rows for fetch in engine.below.fetches._loading]
             for spills in engine.below.spills:
                 claims += [spill.rows for spill in spills._line if not spill.is_detached]
         leases = engine.index._columns.leases
