@@ -1,21 +1,23 @@
 """The main job, seen from outside: real SGLang servers on real text, without and with KV cache below HBM.
 
-Two servers run, one after the other, and get the same requests with the same arguments, but for one flag:
+Servers run, one after the other, and get the same requests with the same arguments, but for one flag:
 
 1. stock SGLang, whose prefix cache is HBM alone ("HBM"; without a GPU a pool in ordinary memory);
 2. SGLang with `--radix-cache-backend sgl_lmcache`.
 
 HBM has room for one of the two documents, so each pushes the other out, and the chat with it. Stock SGLang then
-computes it again; with the cache it comes back from host memory. At the end the second server is ended and started
-again, and asked once more: nothing is left of HBM and host memory then, and the documents come from its SSD.
+computes it again; with the cache it comes back from host memory. Then the second server is ended and started again, and
+asked once more: nothing is left of HBM and host memory then, and the documents come from its SSD. At last a third
+server starts, as on another machine, with no SSD and nothing of its own: it shares a Valkey with the second, and loads
+what that has computed.
 
 The answers of the second server are held to what the first one answers while HBM still has everything: each document
 the first time, the chat in one go. (Not to what stock SGLang answers after computing a chat again: KV that decoding has
 written and the same KV computed by prefill are rounded differently, so that stock SGLang may differ from itself.)
 
 Where a prompt's KV was found is what a server says about each request (`cached_tokens_details`), never guessed from
-times. The exit code is 0 only if the story holds: the documents left HBM, came back from host memory, and from the SSD
-after the restart, and not one token of any answer differs.
+times. The exit code is 0 only if the story holds: the documents left HBM, came back from host memory, from the SSD
+after the restart, and from Valkey on the other server, and not one token of any answer differs.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 
-from demo_server import Client, Deadline, DemoError, Message, Reply, check_port, free_port, running
+from demo_server import Client, Deadline, DemoError, Message, Reply, check_port, free_port, running, valkey
 from demo_text import CHAT_TURNS, Document, documents
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -65,6 +67,7 @@ class Row(Enum):
     LEFT_HBM = "document, left HBM"
     CHAT = "chat"
     RESTARTED = "document, restart"
+    SHARED = "document, shared"
 
 
 SCHEDULE = (
@@ -81,7 +84,10 @@ once how long that takes."""
 RESTARTED = (("A 3", Row.RESTARTED), ("B 3", Row.RESTARTED))
 """What it is asked when it has been started again. Stock SGLang would compute both, as when they were new."""
 
-N_STEPS = 3 + len(CHAT_TURNS) + 2 * len(SCHEDULE) + len(MORE) + len(RESTARTED)
+SHARED = (("A 2", Row.SHARED), ("B 2", Row.SHARED))
+"""What a server is asked that has nothing of its own. Stock SGLang would compute both."""
+
+N_STEPS = 4 + len(CHAT_TURNS) + 2 * len(SCHEDULE) + len(MORE) + len(RESTARTED) + len(SHARED)
 """Of the progress bar: starts of servers, and requests."""
 
 Schedule = Sequence[tuple[str, Row]]
@@ -108,7 +114,7 @@ class Line:
     prompt_tokens: int
     from_hbm: int
     from_host: int
-    from_ssd: int
+    from_below: int
     answers_differ: int
     answers_differ_without: int
 
@@ -190,13 +196,26 @@ def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) ->
             client.flush()
             without = follow(client, SCHEDULE, prompts, answers, n_answer, advance)
 
-        launch = cached_server(common, folder, arguments.host_capacity, arguments.ssd_capacity)
         cached = []
-        for schedule, again in ((SCHEDULE + MORE, ""), (RESTARTED, " again")):
-            show(f"starting SGLang with the cache{again}")
-            with running(launch, port=port, log=folder / "server.log", deadline=deadline) as client:
-                advance(f"SGLang with the cache is ready{again}")
-                cached += follow(client, schedule, prompts, answers, n_answer, advance)
+        with valkey(folder, deadline) as url:
+            tiers = [
+                f"{{type: host, capacity: {arguments.host_capacity}}}",
+                f'{{type: ssd, path: "{folder / "store"}", capacity: {arguments.ssd_capacity}}}',
+                f'{{type: valkey, url: "{url}"}}',
+            ]
+            first, second = (
+                cached_server(common, folder, "first", tiers),
+                cached_server(common, folder, "second", tiers[::2]),
+            )
+            for launch, schedule, which in (
+                (first, SCHEDULE + MORE, "SGLang with the cache"),
+                (first, RESTARTED, "SGLang with the cache again"),
+                (second, SHARED, "another SGLang with the same Valkey"),
+            ):
+                show(f"starting {which}")
+                with running(launch, port=port, log=folder / "server.log", deadline=deadline) as client:
+                    advance(f"{which} is ready")
+                    cached += follow(client, schedule, prompts, answers, n_answer, advance)
     return without, cached
 
 
@@ -208,12 +227,10 @@ def stock_server(arguments: Sequence[str]) -> serve.Launch:
     return serve.Launch([sys.executable, "-m", "sglang.launch_server", *command], environment)
 
 
-def cached_server(arguments: Sequence[str], folder: Path, host_capacity: str, ssd_capacity: str) -> serve.Launch:
-    """What `sgl-lmcache serve --cache-config FILE ...` starts."""
-    config = folder / "tiers.yaml"
-    host = f"{{type: host, capacity: {host_capacity}}}"
-    ssd = f'{{type: ssd, path: "{folder / "store"}", capacity: {ssd_capacity}}}'
-    config.write_text(f"tiers:\n  - {host}\n  - {ssd}\n", encoding="utf-8")
+def cached_server(arguments: Sequence[str], folder: Path, name: str, tiers: Sequence[str]) -> serve.Launch:
+    """What `sgl-lmcache serve --cache-config FILE ...` starts. tiers: each in YAML, on one line."""
+    config = folder / f"{name}.yaml"
+    config.write_text("tiers:\n" + "".join(f"  - {tier}\n" for tier in tiers), encoding="utf-8")
     return serve.plan(["--cache-config", str(config), *arguments], os.environ, gpu=cpu.has_gpu())
 
 
@@ -250,7 +267,7 @@ def follow(
         reply = client.ask(prompts[name], max_tokens=n_answer)
         differs = reply.token_ids != answers.setdefault(name, reply.token_ids)
         outcomes.append(Outcome(name, row, reply, differs))
-        found = f"HBM {reply.n_device}, host {reply.n_host}, SSD {reply.n_storage} of {reply.n_prompt} tokens"
+        found = f"HBM {reply.n_device}, host {reply.n_host}, below {reply.n_storage} of {reply.n_prompt} tokens"
         advance(f"{row.value}: {name}: {reply.ttft_s:.2f} s, {found}")
     return outcomes
 
@@ -262,7 +279,7 @@ def summarize(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[Lin
     """The rows of the table, in the order of `Row`."""
     lines = []
     for row in Row:
-        like = Row.NEW if row is Row.RESTARTED else row  # a restart leaves stock SGLang nothing
+        like = Row.NEW if row in (Row.RESTARTED, Row.SHARED) else row  # stock SGLang has nothing then
         stock = [outcome for outcome in without if outcome.row is like]
         ours = [outcome for outcome in cached if outcome.row is row]
         lines.append(
@@ -274,7 +291,7 @@ def summarize(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[Lin
                 prompt_tokens=sum(outcome.reply.n_prompt for outcome in ours),
                 from_hbm=sum(outcome.reply.n_device for outcome in ours),
                 from_host=sum(outcome.reply.n_host for outcome in ours),
-                from_ssd=sum(outcome.reply.n_storage for outcome in ours),
+                from_below=sum(outcome.reply.n_storage for outcome in ours),
                 answers_differ=sum(outcome.differs for outcome in ours),
                 answers_differ_without=sum(outcome.differs for outcome in stock if outcome.row is row),
             )
@@ -298,6 +315,8 @@ def broken(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[str]:
             sentences.append(f"{name} was to come from host memory: {reply.n_host} of {reply.n_prompt} tokens did.")
         if outcome.row is Row.RESTARTED and reply.n_storage * 2 < reply.n_prompt:
             sentences.append(f"{name} was to come from the SSD: {reply.n_storage} of {reply.n_prompt} tokens did.")
+        if outcome.row is Row.SHARED and reply.n_storage * 2 < reply.n_prompt:
+            sentences.append(f"{name} was to come from Valkey: {reply.n_storage} of {reply.n_prompt} tokens did.")
         if outcome.differs:
             sentences.append(f"The answer to {name} ({outcome.row.value}) differs from that without the cache.")
     return sentences
@@ -315,28 +334,29 @@ def report(model: str, lines: Sequence[Line], failures: Sequence[str], elapsed_s
 
 
 def present(console: Console, lines: Sequence[Line], failures: Sequence[str], elapsed_s: float) -> None:
-    title = "SGLang with KV cache in host memory and on SSD"
+    title = "SGLang with KV cache in host memory, on SSD and in Valkey"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("requests", no_wrap=True)
-    headings = ("TTFT s\nstock", "TTFT s\nwith", "prompt\ntokens", "in\nHBM", "in\nhost", "on\nSSD", "differ")
+    headings = ("TTFT s\nstock", "TTFT s\nwith", "prompt\ntokens", "in\nHBM", "in\nhost", "SSD,\nValkey", "differ")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         times = (f"{line.ttft_without_s:.2f}", f"{line.ttft_with_s:.2f}")
-        counts = (line.prompt_tokens, line.from_hbm, line.from_host, line.from_ssd, line.answers_differ)
+        counts = (line.prompt_tokens, line.from_hbm, line.from_host, line.from_below, line.answers_differ)
         table.add_row(f"{line.requests} x {line.row}", *times, *(f"{n:,}" for n in counts))
     console.print(table)
     for sentence in failures:
         console.print(f"NOT AS PROMISED: {sentence}", markup=False, highlight=False, soft_wrap=True)
-    left, restarted = (line for line in lines if line.row in (Row.LEFT_HBM.value, Row.RESTARTED.value))
+    told = (Row.LEFT_HBM.value, Row.RESTARTED.value, Row.SHARED.value)
+    left, restarted, shared = (line.ttft_without_s / line.ttft_with_s for line in lines if line.row in told)
     n_stock = sum(line.answers_differ_without for line in lines)
     stock = f" Stock SGLang answered {n_stock} of the requests differently after computing again." if n_stock else ""
     console.print(
         "TTFT: median time to first token, of stock SGLang and with the cache. Tokens: sums, with the cache, by where\n"
         "they were found. Differ: answers that are not those without the cache.\n"
-        f"A document that had left HBM was answered {left.ttft_without_s / left.ttft_with_s:.1f} times sooner than by "
-        "stock SGLang, which computed it again; after a restart, "
-        f"{restarted.ttft_without_s / restarted.ttft_with_s:.1f} times sooner than a new one by stock SGLang.{stock}\n"
+        f"A document that had left HBM was answered {left:.1f} times sooner than by stock SGLang, which computed it "
+        f"again. Sooner than a new one by stock SGLang: after a restart {restarted:.1f} times, on another server "
+        f"{shared:.1f} times.{stock}\n"
         f"It took {elapsed_s:.0f} s, and nothing is left running.\n\n"
         "Next, on your own server, one flag:\n"
         f"    python -m sglang.launch_server --model-path MODEL --radix-cache-backend {BACKEND}\n"
@@ -344,6 +364,7 @@ def present(console: Console, lines: Sequence[Line], failures: Sequence[str], el
         "    tiers:\n"
         "      - {type: host, capacity: 64GiB}\n"
         "      - {type: ssd, path: /var/lib/sgl-lmcache, capacity: 500GiB}\n"
+        "      - {type: valkey, url: 'valkey://127.0.0.1:6379/0'}\n"
         "Without a GPU, `sgl-lmcache serve --model-path MODEL` sets up the rest. Read on in docs/quick-start.md.",
         markup=False,
         highlight=False,

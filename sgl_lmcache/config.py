@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import msgspec
 import yaml
@@ -43,8 +44,11 @@ WRITES: tuple[str, ...] = get_args(Write)
 
 PrefetchPolicy = Literal["auto", "wait", "best_effort"]
 
-LATER_TIERS = ("valkey", "mooncake")
+LATER_TIERS = ("mooncake",)
 """Tiers that later versions have; named so that asking for one is answered plainly."""
+
+MAX_CONNECTIONS = 64
+"""Of one rank to a Valkey tier: each is a thread."""
 
 _BINARY_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 _SIZE_UNITS = {**_BINARY_UNITS, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
@@ -96,7 +100,29 @@ class SsdTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
     eviction: Eviction | None = None
 
 
-LowerTier = SsdTier
+class ValkeyTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="valkey"):
+    """A store that servers share, Valkey or Redis: `url` is `valkey[s]://[user[:password]@]host[:port][/database]`.
+
+    `cluster`: the URL names a node of a cluster. `ttl`: how long a page is kept that no server stores or loads again.
+    The password is in the URL, in a file or in an environment variable. The files of `ca_file`, `cert_file` and
+    `key_file` are PEM, for `valkeys`. `connections`: of each rank, to one node at a time each.
+    """
+
+    url: str
+    cluster: bool = False
+    ttl: Seconds = Seconds(7 * 86400.0)
+    write: Write = "through"
+    password_file: str | None = None
+    password_env: str | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    connections: int = 4
+    connect_timeout: Seconds = Seconds(1.0)
+    timeout: Seconds = Seconds(2.0)
+
+
+LowerTier = SsdTier | ValkeyTier
 """A tier below host memory."""
 
 
@@ -124,6 +150,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def lower(self) -> tuple[LowerTier, ...]:
         """Those below host memory, fastest first."""
         return tuple(tier for tier in self.tiers if not isinstance(tier, HostTier))
+
+    @property
+    def valkey(self) -> ValkeyTier | None:
+        """None: there is none."""
+        return next((tier for tier in self.tiers if isinstance(tier, ValkeyTier)), None)
 
     @property
     def ssd(self) -> SsdTier | None:
@@ -270,12 +301,13 @@ def _convert(tree: Any) -> Config:
 _MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `\$\.?([^`]*)`)?", re.DOTALL)
 """What is wrong, and the key at which it is, if that is not the whole file."""
 
-_EXAMPLES = {"path": "/var/lib/sgl-lmcache", "capacity": "200GiB"}
+_EXAMPLES = {"path": "/var/lib/sgl-lmcache", "capacity": "200GiB", "url": "valkey://127.0.0.1:6379/0"}
 """Values of the keys that have no default."""
 
 _INSTEAD_OF_A_SECOND: Mapping[type, str] = {
     HostTier: "add its capacity to tiers[0] and remove it",
     SsdTier: "remove it, or put both disks into one file system",
+    ValkeyTier: "remove it, or make both servers nodes of a cluster",
 }
 """What would be right, for each kind of tier: there is one of each."""
 
@@ -305,8 +337,53 @@ def _check_tiers(config: Config) -> None:
                 f"tiers[{position}].path",
                 f"is {_quote(tier.path)}, which is not an absolute path; write one that begins with /",
             )
+        if isinstance(tier, ValkeyTier):
+            _check_valkey(tier, f"tiers[{position}]")
     if not config.namespace:
         raise _KeyedError("namespace", "is empty; give it a name or leave the key out")
+
+
+def _check_valkey(tier: ValkeyTier, key: str) -> None:
+    """The URL is never quoted: a password may be in it."""
+    form = "write it as valkey://[user[:password]@]host[:port][/database], or valkeys:// for TLS"
+    try:
+        url = urlsplit(tier.url)
+        host, _ = url.hostname, url.port
+    except ValueError as error:
+        raise _KeyedError(f"{key}.url", f"has a host or a port that cannot be ({error}); {form}") from error
+    if url.scheme not in ("valkey", "valkeys"):
+        raise _KeyedError(f"{key}.url", f"begins with {_quote(url.scheme)}, which is not a scheme of this tier; {form}")
+    if not host:
+        raise _KeyedError(f"{key}.url", f"names no host; {form}")
+    database = url.path.removeprefix("/")
+    if not re.fullmatch(r"[0-9]{0,5}", database):
+        raise _KeyedError(f"{key}.url", f"has a path that is not the number of a database; {form}")
+    if url.query or url.fragment:
+        raise _KeyedError(f"{key}.url", f"has something behind ? or #, which means nothing here; {form}")
+    if tier.cluster and int(database or 0):
+        raise _KeyedError(f"{key}.url", "names a database, and a cluster has only database 0; remove it")
+    passwords = [name for name in ("password_file", "password_env") if getattr(tier, name) is not None]
+    passwords += ["a password in url"] if url.password else []
+    if len(passwords) > 1:
+        raise _KeyedError(key, f"has {' and '.join(passwords)}; give the password once")
+    files = [name for name in ("ca_file", "cert_file", "key_file") if getattr(tier, name) is not None]
+    if files and url.scheme != "valkeys":
+        raise _KeyedError(f"{key}.{files[0]}", "is for TLS, and url begins with valkey://; write valkeys:// there")
+    if (tier.cert_file is None) != (tier.key_file is None):
+        raise _KeyedError(key, "has one of cert_file and key_file; a certificate needs its key, so give both or none")
+    if not 1 <= tier.connections <= MAX_CONNECTIONS:
+        raise _KeyedError(f"{key}.connections", f"is {tier.connections}, which is not from 1 to {MAX_CONNECTIONS}")
+    if tier.ttl < 1:
+        raise _KeyedError(f"{key}.ttl", f"is {tier.ttl}, and a store counts whole seconds; give at least 1s")
+
+
+def without_password(url: str) -> str:
+    """The URL of a store as it may be shown."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    user, _, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}").geturl()
 
 
 def _decode(kind: type, value: Any) -> Any:

@@ -27,11 +27,12 @@ from pathlib import Path
 
 import sgl_lmcache
 from sgl_lmcache import BACKEND, SGLANG_VERSION, seams
-from sgl_lmcache.config import VARIABLE, Config, ConfigError, SsdTier, from_environment
+from sgl_lmcache.config import VARIABLE, Config, ConfigError, SsdTier, ValkeyTier, from_environment
 from sgl_lmcache.cpu import has_gpu
 from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.memory import Memory, format_nbytes, host_capacity, read_memory
 from sgl_lmcache.seam_table import SEAMS
+from sgl_lmcache.store import Store, read_store
 
 ENTRY_POINT_GROUP = "sglang.srt.plugins"
 """SGLang's `GENERAL_PLUGINS_GROUP`."""
@@ -79,6 +80,7 @@ def examine(env: Mapping[str, str], *, port: int = DEFAULT_PORT) -> list[Finding
         check_configuration(configuration, env.get(VARIABLE, "")),
         check_memory(read_memory(), config, gpu=gpu),
         *(_examine_ssd(config.ssd) if config.ssd is not None else ()),
+        *(_examine_valkey(config.valkey, env) if config.valkey is not None else ()),
         check_compiler(compiler, links_openssl=_links_openssl(compiler)),
         check_ninja(shutil.which("ninja"), Path(sys.executable).parent),
         check_python_headers(Path(sysconfig.get_path("include"))),
@@ -204,6 +206,26 @@ def check_ssd_direct_io(disk: Disk) -> Finding:
     return Finding(check, Level.OK, "the file system has it")
 
 
+def check_valkey(store: Store) -> Finding:
+    """A store that fails never stops a server, but one that cannot be asked at all is a mistake of our own."""
+    check = "Valkey"
+    if store.refusal:
+        advice = 'correct the valkey tier, or install its client: pip install "sgl-lmcache[valkey]"'
+        return Finding(check, Level.FAIL, store.refusal, advice)
+    if store.trouble:
+        what = f"{store.trouble}; a server would start, and go on without it"
+        return Finding(check, Level.WARN, what, "put the store or the tier's keys right: docs/valkey.md")
+    return Finding(check, Level.OK, f"{store.url} answers, and allows all that the tier needs")
+
+
+def check_valkey_encryption(store: Store) -> Finding:
+    check = "Valkey encryption"
+    if store.is_encrypted or store.is_local:
+        return Finding(check, Level.OK, "TLS" if store.is_encrypted else "not needed on one machine")
+    what = "KV, which is as good as the prompts, crosses the network in plain text"
+    return Finding(check, Level.WARN, what, "use valkeys:// and TLS on the store: docs/valkey.md")
+
+
 def check_compiler(compiler: Sequence[str], *, links_openssl: bool) -> Finding:
     """`compiler`: its command line; empty if there is none. SGLang compiles the extension that hashes pages
     (`hicache_hash_cpp`) when it is first used."""
@@ -289,6 +311,11 @@ def _examine_ssd(tier: SsdTier) -> list[Finding]:
     if disk.refusal:
         return [folder]
     return [folder, check_ssd_room(disk, tier.capacity), check_ssd_direct_io(disk)]
+
+
+def _examine_valkey(tier: ValkeyTier, env: Mapping[str, str]) -> list[Finding]:
+    store = read_store(tier, env)
+    return [check_valkey(store), *([] if store.refusal else [check_valkey_encryption(store)])]
 
 
 def _plugin_names() -> set[str]:

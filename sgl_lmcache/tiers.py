@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 
 from hicache import Tier
 from hicache.ssd import SsdTier, StoreError
+from hicache.valkey import ClientMissingError, ValkeyTier
 from sgl_lmcache.config import Config, LowerTier
 from sgl_lmcache.config import SsdTier as SsdConfig
+from sgl_lmcache.config import ValkeyTier as ValkeyConfig
 from sgl_lmcache.errors import RefusedError, StartError
 from sgl_lmcache.late_tier import LateTier
 from sgl_lmcache.namespace import Namespace
+from sgl_lmcache.valkey import endpoint_of, warn_of_plain_text
 
 NextTiers = Callable[[Namespace, Sequence[Tier]], Sequence[Tier]]
 """What goes on for a new namespace in the place of tiers, each of which it closes. Neither blocks nor raises."""
@@ -58,15 +61,22 @@ def _open(config: Config, tier: LowerTier, place: Place, namespace: Namespace) -
     match tier:
         case SsdConfig():
             return _open_ssd(config, tier, place, namespace)
+        case ValkeyConfig():
+            return _open_valkey(tier, place, namespace)
+
+
+def _check_identity(namespace: Namespace, tier: str) -> None:
+    """What is kept under a name must be found by that model only."""
+    if not namespace.is_persistent:
+        raise RefusedError(
+            "the weights have no identity (--load-format, or a --model-path that is not on this machine), so what "
+            f"{tier} tier kept of them could be taken for another model's; load the weights from files, or remove "
+            f"{tier} tier"
+        )
 
 
 def _open_ssd(config: Config, ssd: SsdConfig, place: Place, namespace: Namespace) -> Tier:
-    if not namespace.is_persistent:
-        raise RefusedError(
-            "the weights have no identity (--load-format, or a --model-path that is not on this machine), so what an "
-            "ssd tier kept of them could be taken for another model's; load the weights from files, or remove the ssd "
-            "tier"
-        )
+    _check_identity(namespace, "an ssd")
     try:
         return SsdTier.open(
             Path(ssd.path),
@@ -80,6 +90,28 @@ def _open_ssd(config: Config, ssd: SsdConfig, place: Place, namespace: Namespace
         )
     except StoreError as error:
         raise StartError(f"sgl_lmcache: {error}.") from error
+
+
+def _open_valkey(tier: ValkeyConfig, place: Place, namespace: Namespace) -> Tier:
+    _check_identity(namespace, "a valkey")
+    endpoint = endpoint_of(tier)
+    try:
+        opened = ValkeyTier(
+            endpoint,
+            namespace=namespace.digest,
+            page_nbytes=place.page_nbytes,
+            slab=place.slab,
+            ttl_s=int(tier.ttl),
+            n_connections=tier.connections,
+        )
+    except ClientMissingError as error:
+        raise StartError(
+            f"sgl_lmcache: the client of the valkey tier is not installed ({error}); "
+            'pip install "sgl-lmcache[valkey]", or remove the tier.'
+        ) from error
+    if place.rank == 0:
+        warn_of_plain_text(endpoint)
+    return opened
 
 
 def next_tiers(openers: Sequence[TierOpener], namespace: Namespace, before: Sequence[Tier]) -> Sequence[Tier]:

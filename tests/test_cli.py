@@ -196,3 +196,20 @@ def test_no_command_loads_sglang_or_torch(command: str) -> None:
     )
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert process.stderr == "set()\n"
+
+
+def test_a_valkey_tier_is_printed_without_its_password(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(
+        tmp_path, "tiers: [{type: host, capacity: 1GiB}, {type: valkey, url: 'valkey://u:secret@kv:1', ttl: 1h}]"
+    )
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert cli.main(["config"]) == 0
+    output = capsys.readouterr().out
+    assert "secret" not in output
+    tier = yaml.safe_load(output)["tiers"][1]
+    assert tier == {
+        **{"type": "valkey", "url": "valkey://u:***@kv:1", "cluster": False, "ttl": "3600s", "write": "through"},
+        **{"connections": 4, "connect_timeout": "1s", "timeout": "2s"},
+    }

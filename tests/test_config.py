@@ -28,6 +28,7 @@ from sgl_lmcache.config import (
     Nbytes,
     Seconds,
     SsdTier,
+    ValkeyTier,
     from_environment,
     load,
     parse,
@@ -176,12 +177,12 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         ("tiers:", "tiers", "a list is expected"),
         ("tiers: []", "tiers", "- {type: host}"),
         ("tiers: [host]", "tiers[0]", "a mapping is expected"),
-        ("tiers: [{capacity: 8GiB}]", "tiers[0]", "available: host, ssd"),
-        ("tiers: [{type: disk}]", "tiers[0].type", "available: host, ssd"),
-        ("tiers: [{type: [host]}]", "tiers[0].type", "available: host, ssd"),
+        ("tiers: [{capacity: 8GiB}]", "tiers[0]", "available: host, ssd, valkey"),
+        ("tiers: [{type: disk}]", "tiers[0].type", "available: host, ssd, valkey"),
+        ("tiers: [{type: [host]}]", "tiers[0].type", "available: host, ssd, valkey"),
         ("tiers: [{type: host}, {type: host}]", "tiers[1]", "add its capacity to tiers[0]"),
         ("tiers: [{type: ssd, path: /x, capacity: 1GiB}]", "tiers[0]", "put `- {type: host}` before it"),
-        ("tiers: [{type: host}, {path: /x, capacity: 1GiB}]", "tiers[1]", "available: host, ssd"),
+        ("tiers: [{type: host}, {path: /x, capacity: 1GiB}]", "tiers[1]", "available: host, ssd, valkey"),
         ("tiers: [{type: host}, {type: ssd, capacity: 1GiB}]", "tiers[1]", "such as /var/lib/sgl-lmcache"),
         ("tiers: [{type: host}, {type: ssd, path: /x}]", "tiers[1]", "such as 200GiB"),
         ("tiers: [{type: host}, {type: ssd, paht: /x, capacity: 1GiB}]", "tiers[1].paht", "did you mean path?"),
@@ -207,6 +208,32 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         (
             "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB}, {type: host}]",
             *("tiers[2]", "add its capacity to tiers[0]"),
+        ),
+        ("tiers: [{type: valkey, url: 'valkey://a'}]", "tiers[0]", "put `- {type: host}` before it"),
+        ("tiers: [{type: host}, {type: valkey}]", "tiers[1]", "such as valkey://127.0.0.1:6379/0"),
+        ("tiers: [{type: host}, {type: valkey, url: 'kv:6379'}]", "tiers[1].url", "valkeys:// for TLS"),
+        ("tiers: [{type: host}, {type: valkey, url: 'http://:secret@kv'}]", "tiers[1].url", 'begins with "http"'),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://:secret@'}]", "tiers[1].url", "names no host"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://:secret@kv:port'}]", "tiers[1].url", "cannot be"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv:70000'}]", "tiers[1].url", "cannot be"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv/a'}]", "tiers[1].url", "number of a database"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv/1?a=secret'}]", "tiers[1].url", "behind ? or #"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv/1', cluster: true}]", "tiers[1].url", "database 0"),
+        (
+            "tiers: [{type: host}, {type: valkey, url: 'valkey://:secret@kv', password_env: P}]",
+            *("tiers[1]", "give the password once"),
+        ),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv', ca_file: /ca}]", "tiers[1].ca_file", "valkeys://"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkeys://kv', cert_file: /c}]", "tiers[1]", "both or none"),
+        (
+            "tiers: [{type: host}, {type: valkey, url: 'valkey://kv', connections: 0}]",
+            "tiers[1].connections",
+            "1 to 64",
+        ),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv', ttl: 500ms}]", "tiers[1].ttl", "at least 1s"),
+        (
+            "tiers: [{type: host}, {type: valkey, url: 'valkey://a'}, {type: valkey, url: 'valkey://b'}]",
+            *("tiers[2]", "nodes of a cluster"),
         ),
         ("tiers: [{type: host, capacity: 0}]", "tiers[0].capacity", "above 0"),
         ("tiers: [{type: host, capacity: -8}]", "tiers[0].capacity", "above 0"),
@@ -237,6 +264,7 @@ def test_a_wrong_key_or_value_is_refused_by_name(tmp_path: Path, text: str, key:
     message = refusal(tmp_path, text)
     assert message.startswith(f"tiers.yaml: {key} ")
     assert right in message
+    assert "secret" not in message
 
 
 @pytest.mark.parametrize("tier", LATER_TIERS)
@@ -250,7 +278,8 @@ def test_a_wrong_key_or_value_is_refused_by_name(tmp_path: Path, text: str, key:
 )
 def test_a_tier_of_a_later_version_is_refused_plainly(tmp_path: Path, tier: str, text: str, position: int) -> None:
     assert refusal(tmp_path, text.format(tier)) == (
-        f"tiers.yaml: tiers[{position}].type is {tier}, which is not available in this version; available: host, ssd."
+        f"tiers.yaml: tiers[{position}].type is {tier}, which is not available in this version; "
+        "available: host, ssd, valkey."
     )
 
 
@@ -303,7 +332,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
                 st.sampled_from(
                     [
                         *("namespace", "tiers", "eviction", "prefetch"),
-                        *("type", "capacity", "path", "write", "policy", "timeout", "x"),
+                        *("type", "capacity", "path", "write", "policy", "timeout", "url", "ttl", "x"),
                     ]
                 ),
                 inner,
@@ -344,6 +373,7 @@ def keys_in(section: str) -> list[str]:
         ("Keys", Config, ""),
         ("Keys of the host tier", HostTier, "tiers[]."),
         ("Keys of the SSD tier", SsdTier, "tiers[]."),
+        ("Keys of the Valkey tier", ValkeyTier, "tiers[]."),
     ],
 )
 def test_the_page_documents_every_key_and_no_other(section: str, struct: type, prefix: str) -> None:
@@ -352,7 +382,7 @@ def test_the_page_documents_every_key_and_no_other(section: str, struct: type, p
 
 def test_every_kind_of_tier_has_a_section_of_keys() -> None:
     kinds = get_args(get_args(get_type_hints(Config)["tiers"])[0])
-    assert set(kinds) == {HostTier, SsdTier}
+    assert set(kinds) == {HostTier, SsdTier, ValkeyTier}
 
 
 def test_the_examples_of_the_page_load(tmp_path: Path) -> None:

@@ -47,9 +47,9 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 
 
 def outcome(
-    row: Row, *, device: int = 0, host: int = 0, ssd: int = 0, differs: bool = False, ttft_s: float = 0.5
+    row: Row, *, device: int = 0, host: int = 0, below: int = 0, differs: bool = False, ttft_s: float = 0.5
 ) -> Outcome:
-    return Outcome("A 1", row, Reply("text", (1, 2), ttft_s, 1000, device, host, ssd), differs)
+    return Outcome("A 1", row, Reply("text", (1, 2), ttft_s, 1000, device, host, below), differs)
 
 
 def stock_outcomes() -> list[Outcome]:
@@ -67,7 +67,8 @@ def good_outcomes() -> list[Outcome]:
         outcome(Row.IN_HBM, device=900),
         outcome(Row.LEFT_HBM, host=900),
         outcome(Row.CHAT, device=100, host=300),
-        outcome(Row.RESTARTED, ssd=900),
+        outcome(Row.RESTARTED, below=900),
+        outcome(Row.SHARED, below=900),
     ]
 
 
@@ -87,6 +88,7 @@ def test_a_story_that_holds_has_no_complaints() -> None:
         (outcome(Row.NEW, host=900), "was to be new"),
         (outcome(Row.CHAT, differs=True), "differs"),
         (outcome(Row.RESTARTED, host=900), "was to come from the SSD"),
+        (outcome(Row.SHARED, below=400), "was to come from Valkey"),
     ],
 )
 def test_a_story_that_does_not_hold_is_told(bad: Outcome, complaint: str) -> None:
@@ -107,8 +109,9 @@ def test_the_table_sums_tokens_and_compares_answers_of_each_row() -> None:
     assert (left.requests, left.prompt_tokens, left.from_hbm, left.from_host) == (2, 2000, 0, 908)
     assert (left.ttft_without_s, left.ttft_with_s) == (5.0, 0.5)
     assert (lines[Row.CHAT.value].answers_differ, lines[Row.CHAT.value].answers_differ_without) == (0, 1)
-    restarted = lines[Row.RESTARTED.value]
-    assert (restarted.from_ssd, restarted.ttft_without_s) == (900, 5.0), "stock SGLang would find nothing"
+    for row in (Row.RESTARTED, Row.SHARED):
+        line = lines[row.value]
+        assert (line.from_below, line.ttft_without_s) == (900, 5.0), "stock SGLang would find nothing"
 
 
 @pytest.mark.parametrize("differs", [False, True])
@@ -129,7 +132,7 @@ def test_the_exit_code_is_the_verdict(
 
 
 def test_the_table_fits_a_narrow_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    outcomes = [outcome(row, device=20_000, host=20_000, ssd=20_000, ttft_s=25.5) for row in Row]
+    outcomes = [outcome(row, device=20_000, host=20_000, below=20_000, ttft_s=25.5) for row in Row]
     demo.present(Console(width=80), demo.summarize(outcomes, outcomes), [], 1.0)
     table = capsys.readouterr().out.partition("TTFT: median")[0]
     assert "…" not in table
@@ -156,9 +159,8 @@ def follow(answer: str, answers: dict[str, demo.Ids]) -> list[Outcome]:
     """The whole schedule, asked of a server that begins each answer with `answer`."""
     prompts, _ = demo.chat(cast(Client, Scripted("stock")), 99, lambda _: None)
     prompts |= demo.questions(demo_text.documents(lambda text: len(text) // 3, 2000))
-    return demo.follow(
-        cast(Client, Scripted(answer)), demo.SCHEDULE + demo.MORE + demo.RESTARTED, prompts, answers, 99, lambda _: None
-    )
+    schedule = demo.SCHEDULE + demo.MORE + demo.RESTARTED + demo.SHARED
+    return demo.follow(cast(Client, Scripted(answer)), schedule, prompts, answers, 99, lambda _: None)
 
 
 def test_every_prompt_of_the_schedule_is_there_and_answers_are_held_to_the_first() -> None:
@@ -182,7 +184,7 @@ def test_documents_come_first_and_chats_grow() -> None:
 def test_both_servers_get_the_same_arguments_but_for_the_cache(tmp_path: Path) -> None:
     arguments = ["--model-path", "m", "--port", "1"]
     stock = demo.stock_server(arguments).command
-    cached = demo.cached_server(arguments, tmp_path, "1GiB", "1GiB").command
+    cached = demo.cached_server(arguments, tmp_path, "first", ["{type: host, capacity: 1GiB}"]).command
     assert set(stock) - set(cached) == set()
     assert set(cached) - set(stock) == {"--radix-cache-backend", "sgl_lmcache"}
 
@@ -350,8 +352,9 @@ def test_demo() -> None:
     rows = {row["row"]: row for row in result["rows"]}
     left = rows[Row.LEFT_HBM.value]
     assert left["from_host"] > 0.8 * left["prompt_tokens"]
-    restarted = rows[Row.RESTARTED.value]
-    assert restarted["from_ssd"] > 0.8 * restarted["prompt_tokens"]
+    for row in (Row.RESTARTED, Row.SHARED):
+        line = rows[row.value]
+        assert line["from_below"] > 0.8 * line["prompt_tokens"]
     assert sum(row["answers_differ"] for row in rows.values()) == 0
 
 

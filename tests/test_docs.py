@@ -30,6 +30,7 @@ START_SOURCES = (
         "sgl_lmcache/page_size.py",
         "sgl_lmcache/memory.py",
         "sgl_lmcache/tiers.py",
+        "sgl_lmcache/valkey.py",
     ),
     *("hicache/ssd/directory.py", "hicache/ssd/locks.py", "hicache/ssd/opening.py", "hicache/ssd/tier.py"),
     *("sgl_lmcache/serve.py", "sgl_lmcache/cpu/mode.py", "transfer/slab.py"),
@@ -43,7 +44,7 @@ PASSED_ON = [["sgl_lmcache: ", "."]]
 """What only passes another's sentence on."""
 
 WARNINGS = {"logger.warning", "logger.error", "logger.exception"}
-LOGS = ("hicache", "transfer", "sgl_lmcache/tiers.py")
+LOGS = ("hicache", "transfer", "sgl_lmcache/tiers.py", "sgl_lmcache/valkey.py")
 """Whose warnings and errors have rows too: what a tier below host memory says while the server runs."""
 
 FOREIGN_OPTIONS = {"--ulimit", "--cache-config"}

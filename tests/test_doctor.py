@@ -17,6 +17,7 @@ from sgl_lmcache.config import Config, ConfigError, Nbytes, SsdTier, parse
 from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.doctor import Finding, Level
 from sgl_lmcache.memory import Memory
+from sgl_lmcache.store import Store
 
 GIB = 2**30
 
@@ -272,3 +273,13 @@ def test_the_table_is_followed_by_one_line_of_advice_a_finding(capsys: pytest.Ca
     output = capsys.readouterr().out
     assert "[red]bad[/red]" in output
     assert output.rstrip("\n").splitlines()[-1].rstrip() == f"fail b: {long}".rstrip()
+
+
+def test_valkey() -> None:
+    store = Store("valkeys://kv:6379", is_encrypted=True)
+    assert_ok(doctor.check_valkey(store))
+    assert_ok(doctor.check_valkey_encryption(store))
+    assert_ok(doctor.check_valkey_encryption(Store("valkey://127.0.0.1", is_local=True)))
+    assert_bad(doctor.check_valkey_encryption(Store("valkey://kv")), Level.WARN, "plain text", "valkeys://")
+    assert_bad(doctor.check_valkey(Store("x", trouble="kv:1 hangs")), Level.WARN, "kv:1 hangs; a server", "valkey.md")
+    assert_bad(doctor.check_valkey(Store("x", refusal="no client")), Level.FAIL, "no client", "pip install")

@@ -30,7 +30,7 @@ from hicache.valkey.values import HEADER_NBYTES, checksum_in, header, is_other_v
 from hicache.valkey.wire import OddValue, ProtocolError, Refusal, Reply, Value, Wire, refusal
 from hicache.workers import Work, Workers
 
-PIECE_NBYTES: Final = 4 << 20
+PIECE_NBYTES: Final = 2 << 20
 PIECE_NAMES: Final = 4096
 MAX_REDIRECTIONS: Final = 3
 
@@ -231,9 +231,8 @@ class Load(Call):
     def talk(self, wire: Wire, positions: Sequence[int]) -> Refusals:
         ttl = b"%d" % self.shared.ttl_s
         questions = [(b"GETEX", self.names[at], b"EX", ttl) for at in positions]
-        replies = wire.load(questions, [self._payloads[at] for at in positions])
         refusals: dict[int, Refusal] = {}
-        for at, reply in zip(positions, replies, strict=True):
+        for at, reply in zip(positions, wire.load(questions, [self._payloads[at] for at in positions]), strict=True):
             if isinstance(reply, Refusal) and reply.kind != _OF_ONE_KEY:
                 refusals[at] = reply
             else:

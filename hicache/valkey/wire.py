@@ -15,7 +15,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -111,11 +111,16 @@ class Wire:
         self._send([b"".join(packed)])
         return [self._reply() for _ in packed]
 
-    def load(self, commands: Sequence[Sequence[bytes]], payloads: Sequence[memoryview]) -> list[Reply]:
-        """Commands whose replies are values, each of which is put where it belongs if it has the right length."""
+    def load(self, commands: Sequence[Sequence[bytes]], payloads: Sequence[memoryview]) -> Iterator[Reply]:
+        """Commands whose replies are values, each of which is put where it belongs if it has the right length.
+
+        A reply is read when it is asked for, so that its payload can be looked at while it is in the processor's cache.
+        All of them must be read before the connection is used again.
+        """
         self._begin()
         self._send([b"".join(self._asking + pack(*command) for command in commands)])
-        return [self._value(payload) for payload in payloads]
+        for payload in payloads:
+            yield self._value(payload)
 
     def store(self, commands: Sequence[Sequence[bytes | tuple[bytes, memoryview]]]) -> list[bytes]:
         """Commands with large arguments, sent from where they are: a pair `(header, payload)` is one argument.

@@ -48,7 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.fio import DEPTHS, Direction, Fio
-from bench.ssd_paths import BATCH_NBYTES, SWITCH_INTERVAL_S, open_tier, path, path_keys, random_slab
+from bench.paths import BATCH_NBYTES, SWITCH_INTERVAL_S, open_tier, path, path_keys, random_slab
 from bench.ssd_restart import STALL_MS, Restart, restarts
 
 from hicache.ssd import SsdTier

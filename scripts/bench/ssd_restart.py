@@ -19,7 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from bench.ssd_paths import BLOCK_NBYTES, NAMESPACE, SWITCH_INTERVAL_S, open_tier, path, path_keys, random_slab
+from bench.paths import BLOCK_NBYTES, NAMESPACE, SWITCH_INTERVAL_S, open_tier, path, path_keys, random_slab
 
 from hicache.checksum import checksum, namespace_seed, seeds
 from hicache.ssd import SsdTier, limit_for

@@ -147,7 +147,7 @@ class Probe:
         self._loads.clear()
         self._started.clear()
         self._recorder.key_of_page.clear()
-        self._recorder.digest_of_key.clear()
+        self._recorder.digests_of_key.clear()
 
     def after_release(self, _result: None, _cache: TieredRadixCache, req: Any, **_kwargs: Any) -> None:
         reason = req.finished_reason or req.to_finish

@@ -1,4 +1,4 @@
-"""What the SSD tier's benchmarks share: a store to open, paths of random pages, and how the engine uses them."""
+"""What the benchmarks of tiers share: paths of random pages, a store on disk to open, and how the engine uses them."""
 
 from __future__ import annotations
 
