@@ -257,9 +257,7 @@ def test_a_page_that_came_from_the_only_tier_is_not_given_to_it(write: str) -> N
     keys = path_keys("abcd")
     rig.put(0, keys)
     rig.engine.open_ticket(keys, None)
-    rig.agree()
-    rig.agree()
-    rig.tier.hold()
+    rig.settle()
     serve(rig, keys)
     assert rig.holds(keys) == 4
-    assert rig.tier.n_held == 0
+    assert rig.spills.spilled == 0
