@@ -30,7 +30,11 @@ from hicache.valkey.values import HEADER_NBYTES, checksum_in, header, is_other_v
 from hicache.valkey.wire import OddValue, ProtocolError, Refusal, Reply, Value, Wire, refusal
 from hicache.workers import Work, Workers
 
-PIECE_NBYTES: Final = 2 << 20
+LOAD_NBYTES: Final = 2 << 20
+STORE_NBYTES: Final = 8 << 20
+"""Of a piece: for loads little, so that all connections share in a batch; for stores more, because each begins with a
+round trip."""
+
 PIECE_NAMES: Final = 4096
 MAX_REDIRECTIONS: Final = 3
 
@@ -224,7 +228,7 @@ class Load(Call):
 
     def __init__(self, shared: Shared, batch: Batch, future: Future[int]) -> None:
         super().__init__(shared, batch.keys, len(batch), future)
-        self.piece_pages = max(1, PIECE_NBYTES // shared.page_nbytes)
+        self.piece_pages = max(1, LOAD_NBYTES // shared.page_nbytes)
         self._payloads = [shared.payload(slot) for slot in batch.slots.tolist()]
         self._seeds = seeds(batch.keys, shared.seed).tolist()
 
@@ -270,7 +274,7 @@ class Store(Call):
 
     def __init__(self, shared: Shared, batch: Batch, future: Future[int]) -> None:
         super().__init__(shared, batch.keys, len(batch), future)
-        self.piece_pages = max(1, PIECE_NBYTES // shared.page_nbytes)
+        self.piece_pages = max(1, STORE_NBYTES // shared.page_nbytes)
         self._payloads = [shared.payload(slot) for slot in batch.slots.tolist()]
         self._seeds = seeds(batch.keys, shared.seed).tolist()
 

@@ -235,6 +235,12 @@ class Wire:
         raise ProtocolError(line.removeprefix(b"-").decode(errors="replace"))
 
     def _value(self, payload: memoryview) -> Reply:
+        header = self._usual_head(len(payload))
+        if header is not None:
+            tail = bytearray(len(_CRLF))
+            self._receive(payload, tail)
+            self._end_of_value(tail)
+            return Value(header)
         if self.is_asking:
             self._line(_VALUE_HEAD_NBYTES)
         line = self._line(_VALUE_HEAD_NBYTES)
@@ -255,6 +261,18 @@ class Wire:
         self._end_of_value(tail)
         return Value(header)
 
+    def _usual_head(self, payload_nbytes: int) -> bytes | None:
+        """The header, if the next reply is a value of the wanted length and comes with its header in one piece."""
+        if self._ahead or self.is_asking:
+            return None
+        length = b"$%d\r\n" % (HEADER_NBYTES + payload_nbytes)
+        self._check_time()
+        got = self._some(len(length) + HEADER_NBYTES)
+        if len(got) == len(length) + HEADER_NBYTES and got.startswith(length):
+            return got[len(length) :]
+        self._ahead += got
+        return None
+
     def _end_of_value(self, tail: bytes | bytearray) -> None:
         if tail != _CRLF:
             raise ProtocolError("a value is longer than it said")
@@ -274,6 +292,12 @@ class Wire:
     def _receive(self, payload: memoryview, tail: bytearray) -> None:
         """Fill both, one after the other."""
         buffers = [payload, memoryview(tail)]
+        if not self._ahead and not self._is_tls:
+            self._check_time()
+            n_got = self._receive_some(buffers)
+            if n_got == len(payload) + len(tail):
+                return
+            buffers = _behind(buffers, n_got)
         for i, buffer in enumerate(buffers):
             n_ahead = min(len(self._ahead), len(buffer))
             buffer[:n_ahead] = self._ahead[:n_ahead]
@@ -284,11 +308,7 @@ class Wire:
                 del buffers[0]
                 continue
             self._check_time()
-            n_got = self._receive_some(buffers)
-            for i, buffer in enumerate(buffers):
-                taken = min(n_got, len(buffer))
-                n_got -= taken
-                buffers[i] = buffer[taken:]
+            buffers = _behind(buffers, self._receive_some(buffers))
 
     def _receive_some(self, buffers: list[memoryview]) -> int:
         if self._is_tls:
@@ -301,6 +321,15 @@ class Wire:
         if not n_got:
             raise ConnectionError("the server has closed the connection")
         return n_got
+
+
+def _behind(buffers: Sequence[memoryview], nbytes: int) -> list[memoryview]:
+    """What of these buffers is left when so many bytes have been filled."""
+    left = []
+    for buffer in buffers:
+        left.append(buffer[nbytes:])
+        nbytes = max(0, nbytes - len(buffer))
+    return left
 
 
 def pack(*arguments: bytes) -> bytes:

@@ -47,7 +47,7 @@ from bench.paths import BATCH_NBYTES, NAMESPACE, SWITCH_INTERVAL_S, path, path_k
 from hicache.checksum import checksum, namespace_seed, seeds
 from hicache.tier import batches
 from hicache.valkey import Endpoint, ValkeyTier
-from hicache.valkey.calls import PIECE_NBYTES
+from hicache.valkey.calls import LOAD_NBYTES
 from hicache.valkey.values import HEADER_NBYTES, header, names
 from hicache.valkey.wire import pack
 
@@ -143,7 +143,7 @@ class Mover:
         self.client = valkey.Valkey(*address)
         self.socket = socket.create_connection(address)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        piece = max(1, PIECE_NBYTES // page_nbytes)
+        piece = max(1, LOAD_NBYTES // page_nbytes)
         self.pieces = [range(at, min(at + piece, n_pages)) for at in range(0, n_pages, piece)]
         self.kept = bytearray(n_pages * (page_nbytes + HEADER_NBYTES + 64))
         self.scratch = bytearray(len(self.pieces[0]) * (page_nbytes + HEADER_NBYTES + 64))
