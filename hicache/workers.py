@@ -38,6 +38,9 @@ class Work(ABC):
     is_urgent = False
     """Goes before others of its kind."""
     nbytes: int
+    """Of payload. 0: a question, or book-keeping, by which no speed is measured."""
+    moved_nbytes: int | None = None
+    """How much of it `run` has moved; None: all."""
     error: Exception | None = None
     withdrawn: bool = False
     submitted_at_s: float = 0.0
@@ -63,6 +66,11 @@ class Speed:
     def begin(self, now_s: float) -> None:
         self._count(now_s)
         self._n_busy += 1
+
+    def fail(self, now_s: float) -> None:
+        """Nothing came of it, perhaps after a long time: what was measured says nothing of what will be."""
+        self.end(now_s, 0)
+        self._busy_s, self._nbytes = 0.0, 0
 
     def end(self, now_s: float, nbytes: int) -> None:
         self._count(now_s)
@@ -214,23 +222,28 @@ class Workers:
     def _begin(self, work: Work) -> Work:
         now_s = self._clock()
         self._under_way[work] = now_s
-        if work.is_read:
+        if work.is_read and work.nbytes:
             self._speed.begin(now_s)
-        else:
-            self._n_writing += 1
+        self._n_writing += not work.is_read
         return work
 
     def _ended(self, work: Work) -> None:
         with self._changed:
             del self._under_way[work]
-            if work.is_read:
-                self._speed.end(self._clock(), 0 if work.error else work.nbytes)
-            else:
+            if work.is_read and work.nbytes:
+                self._measure(work)
+            if not work.is_read:
                 self._n_writing -= 1
                 if self._writes:
                     self._changed.notify()
             if not self._under_way:
                 self._changed.notify_all()
+
+    def _measure(self, work: Work) -> None:
+        if work.error is not None:
+            self._speed.fail(self._clock())
+        else:
+            self._speed.end(self._clock(), work.nbytes if work.moved_nbytes is None else work.moved_nbytes)
 
     def _withdraw(self, withdrawn: Sequence[Work]) -> None:
         for work in withdrawn:

@@ -121,6 +121,10 @@ class ValkeyTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     connect_timeout: Seconds = Seconds(1.0)
     timeout: Seconds = Seconds(2.0)
 
+    def __repr__(self) -> str:
+        """Without the password."""
+        return f"ValkeyTier({without_password(self.url)!r})"
+
 
 LowerTier = SsdTier | ValkeyTier
 """A tier below host memory."""
@@ -345,16 +349,21 @@ def _check_tiers(config: Config) -> None:
 
 def _check_valkey(tier: ValkeyTier, key: str) -> None:
     """The URL is never quoted: a password may be in it."""
-    form = "write it as valkey://[user[:password]@]host[:port][/database], or valkeys:// for TLS"
+    form = (
+        "write it as valkey://[user[:password]@]host[:port][/database], or valkeys:// for TLS, with / ? # and @ in a "
+        "password as %2F %3F %23 and %40"
+    )
     try:
         url = urlsplit(tier.url)
-        host, _ = url.hostname, url.port
-    except ValueError as error:
-        raise _KeyedError(f"{key}.url", f"has a host or a port that cannot be ({error}); {form}") from error
+        host, port = url.hostname, url.port
+    except ValueError:
+        raise _KeyedError(f"{key}.url", f"has a host or a port that cannot be; {form}") from None
     if url.scheme not in ("valkey", "valkeys"):
         raise _KeyedError(f"{key}.url", f"begins with {_quote(url.scheme)}, which is not a scheme of this tier; {form}")
     if not host:
         raise _KeyedError(f"{key}.url", f"names no host; {form}")
+    if port == 0:
+        raise _KeyedError(f"{key}.url", f"names port 0; {form}")
     database = url.path.removeprefix("/")
     if not re.fullmatch(r"[0-9]{0,5}", database):
         raise _KeyedError(f"{key}.url", f"has a path that is not the number of a database; {form}")
@@ -379,7 +388,10 @@ def _check_valkey(tier: ValkeyTier, key: str) -> None:
 
 def without_password(url: str) -> str:
     """The URL of a store as it may be shown."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return "(not a URL)"
     if parts.password is None:
         return url
     user, _, host = parts.netloc.rpartition("@")

@@ -24,7 +24,7 @@ class Store:
 
 def read_store(tier: ValkeyTier, env: Mapping[str, str] = os.environ) -> Store:
     """Ask the store for all that the tier needs, on a key of its own. Blocks, for some timeouts at most."""
-    from hicache.valkey import ClientMissingError, Nodes, check_rights
+    from hicache.valkey import CertificateError, ClientMissingError, Nodes, check_rights
     from hicache.valkey.nodes import describe
     from sgl_lmcache.valkey import endpoint_of, is_loopback
 
@@ -34,6 +34,8 @@ def read_store(tier: ValkeyTier, env: Mapping[str, str] = os.environ) -> Store:
         nodes = Nodes(endpoint, time.monotonic)
     except StartError as error:
         return Store(url, refusal=str(error).removeprefix("sgl_lmcache: ").rstrip("."))
+    except CertificateError as error:
+        return Store(url, refusal=str(error))
     except ClientMissingError as error:
         return Store(url, refusal=f"the client is not installed ({error})")
     trouble, node = "", nodes.home

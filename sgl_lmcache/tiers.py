@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hicache import Tier
 from hicache.ssd import SsdTier, StoreError
-from hicache.valkey import ClientMissingError, ValkeyTier
+from hicache.valkey import CertificateError, ClientMissingError, ValkeyTier
 from sgl_lmcache.config import Config, LowerTier
 from sgl_lmcache.config import SsdTier as SsdConfig
 from sgl_lmcache.config import ValkeyTier as ValkeyConfig
@@ -109,6 +109,8 @@ def _open_valkey(tier: ValkeyConfig, place: Place, namespace: Namespace) -> Tier
             f"sgl_lmcache: the client of the valkey tier is not installed ({error}); "
             'pip install "sgl-lmcache[valkey]", or remove the tier.'
         ) from error
+    except CertificateError as error:
+        raise StartError(f"sgl_lmcache: the valkey tier's {error}; name PEM files that belong together.") from error
     if place.rank == 0:
         warn_of_plain_text(endpoint)
     return opened

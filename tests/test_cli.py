@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sgl_lmcache import __version__, cli, doctor, serve
-from sgl_lmcache.config import VARIABLE, Config, HostTier, SsdTier, load, parse
+from sgl_lmcache.config import VARIABLE, Config, HostTier, SsdTier, ValkeyTier, load, parse
 from sgl_lmcache.doctor import Finding, Level
 
 
@@ -148,6 +148,12 @@ def test_each_value_says_where_it_is_from(
         {"namespace": 'quotes " and # and: more\nin two lines ü'},
         {"tiers": [{"type": "host", "capacity": 4097, "eviction": "lru"}], "prefetch": {"timeout": 0.125}},
         {"tiers": [{"type": "host"}, {"type": "ssd", "path": "/kv: #1 ü", "capacity": 10**12 + 1}]},
+        {
+            "tiers": [
+                {"type": "host"},
+                {"type": "valkey", "url": "valkeys://[::1]:1", "cluster": True, "ca_file": "/: #"},
+            ]
+        },
     ],
 )
 def test_what_is_printed_means_the_same_as_the_file(
@@ -164,8 +170,8 @@ def test_what_is_printed_means_the_same_as_the_file(
     ]
 
 
-def _resolved(config: Config, tier: HostTier | SsdTier) -> HostTier | SsdTier:
-    return msgspec.structs.replace(tier, eviction=config.eviction_of(tier))
+def _resolved(config: Config, tier: HostTier | SsdTier | ValkeyTier) -> HostTier | SsdTier | ValkeyTier:
+    return tier if isinstance(tier, ValkeyTier) else msgspec.structs.replace(tier, eviction=config.eviction_of(tier))
 
 
 @pytest.mark.parametrize(("level", "code"), [(Level.OK, 0), (Level.WARN, 0), (Level.FAIL, 1)])

@@ -216,6 +216,8 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         ("tiers: [{type: host}, {type: valkey, url: 'valkey://:secret@'}]", "tiers[1].url", "names no host"),
         ("tiers: [{type: host}, {type: valkey, url: 'valkey://:secret@kv:port'}]", "tiers[1].url", "cannot be"),
         ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv:70000'}]", "tiers[1].url", "cannot be"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv:0'}]", "tiers[1].url", "port 0"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://u:secret/w@kv:1/0'}]", "tiers[1].url", "as %2F"),
         ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv/a'}]", "tiers[1].url", "number of a database"),
         ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv/1?a=secret'}]", "tiers[1].url", "behind ? or #"),
         ("tiers: [{type: host}, {type: valkey, url: 'valkey://kv/1', cluster: true}]", "tiers[1].url", "database 0"),

@@ -43,7 +43,7 @@ def test_a_password_may_be_in_a_file_or_in_the_environment(tmp_path: Path) -> No
 
 def test_a_password_is_never_shown() -> None:
     tier = ValkeyTier("valkey://user:secret@kv:6379/0")
-    assert "secret" not in repr(endpoint_of(tier, {})) + str(endpoint_of(tier, {}))
+    assert "secret" not in repr(tier) + repr(endpoint_of(tier, {})) + str(endpoint_of(tier, {}))
     assert without_password(tier.url) == "valkey://user:***@kv:6379/0"
     assert without_password("valkey://:secret@kv") == "valkey://:***@kv"
     assert without_password("valkey://user@kv") == "valkey://user@kv"

@@ -27,7 +27,7 @@ from hicache.tier import Batch, TierError
 from hicache.valkey.counters import Counters
 from hicache.valkey.nodes import Node, Nodes, describe
 from hicache.valkey.values import HEADER_NBYTES, checksum_in, header, is_other_version, names
-from hicache.valkey.wire import OddValue, ProtocolError, Refusal, Reply, Value, Wire, refusal
+from hicache.valkey.wire import OddValue, Refusal, Reply, Value, Wire, refusal
 from hicache.workers import Work, Workers
 
 LOAD_NBYTES: Final = 2 << 20
@@ -38,10 +38,13 @@ round trip."""
 PIECE_NAMES: Final = 4096
 MAX_REDIRECTIONS: Final = 3
 
-ABSENT, GOOD, NEW, CORRUPT, OTHER_VERSION, FULL = range(6)
+UNASKED, ABSENT, GOOD, NEW, CORRUPT, OTHER_VERSION, FULL = range(7)
 """What has become of a page. NEW: it is good, and was not there before."""
 
 _OF_ONE_KEY: Final = "WRONGTYPE"
+_UNSERVED: Final = "CLUSTERDOWN Hash slot not served"
+"""Says a node about a slot that no node has, and serves the others."""
+
 _FULL: Final = "OOM"
 _MOVING: Final = frozenset({"CLUSTERDOWN", "MASTERDOWN", "READONLY", "TRYAGAIN"})
 
@@ -83,7 +86,7 @@ class Call:
         self.shared = shared
         self.keys = keys
         self.names: list[bytes] = []
-        self.found = np.full(n_pages, ABSENT, np.int8)
+        self.found = np.full(n_pages, UNASKED, np.int8)
         self.n_known = n_pages
         """Pages behind this one do not matter any more: one before them is missing."""
         self._future = future
@@ -120,47 +123,44 @@ class Call:
             self.settle(None)
 
     def ask(self, node: Node, positions: Sequence[int]) -> None:
-        """Talk to a node, and to those it sends us to. Raises OSError."""
-        refusals = self._talk(node, positions, is_asking=False)
+        """Talk to a node, and to those it sends us to. Raises OSError if the first one fails."""
+        todo = self._sort(node, self._talk(node, positions, is_asking=False))
         for _ in range(MAX_REDIRECTIONS):
-            elsewhere: defaultdict[tuple[Node, bool], list[int]] = defaultdict(list)
-            refused: dict[int, Refusal] = {}
-            for position, why in refusals.items():
-                target = self.shared.nodes.redirected(why, node)
-                if target is None:
-                    refused[position] = why
-                else:
-                    elsewhere[target, why.kind == "ASK"].append(position)
-                    if why.kind == "MOVED":
-                        self.shared.nodes.mark_stale()
-            if refused:
-                self._refused(node, refused)
-            if not elsewhere:
-                return
-            with self.shared.lock:
-                self.shared.counters.redirections += sum(len(moved) for moved in elsewhere.values())
-            refusals = {}
-            for (node, is_asking), moved in elsewhere.items():
-                refusals |= self._talk(node, moved, is_asking=is_asking)
+            elsewhere, todo = todo, {}
+            for (target, is_asking), moved in elsewhere.items():
+                with self.shared.lock:
+                    self.shared.counters.redirections += len(moved)
+                try:
+                    if not target.reads.is_open:
+                        todo |= self._sort(target, self._talk(target, moved, is_asking=is_asking))
+                except OSError as error:
+                    self.found[moved] = UNASKED  # one of them may have been judged before the payload of another came
+                    self.give_up(target, error)
 
     def _talk(self, node: Node, positions: Sequence[int], *, is_asking: bool) -> Refusals:
-        is_reused = False
-        try:
-            with node.borrow() as wire:
-                is_reused = wire.n_calls > 0
-                return self._talk_on(wire, positions, is_asking)
-        except ConnectionError as error:
-            if not is_reused or isinstance(error, ProtocolError):
-                raise
-        node.disconnect()
-        with node.borrow() as wire:
-            return self._talk_on(wire, positions, is_asking)
+        def say(wire: Wire) -> Refusals:
+            wire.is_asking = is_asking
+            refusals = self.talk(wire, positions)
+            wire.is_asking = False
+            return refusals
 
-    def _talk_on(self, wire: Wire, positions: Sequence[int], is_asking: bool) -> Refusals:
-        wire.is_asking = is_asking
-        refusals = self.talk(wire, positions)
-        wire.is_asking = False
-        return refusals
+        return node.talk(say)
+
+    def _sort(self, node: Node, refusals: Refusals) -> dict[tuple[Node, bool], list[int]]:
+        """What is to be asked elsewhere, and whether with ASKING; the others have been refused by this node."""
+        elsewhere: defaultdict[tuple[Node, bool], list[int]] = defaultdict(list)
+        refused: dict[int, Refusal] = {}
+        for position, why in refusals.items():
+            target = self.shared.nodes.redirected(why, node)
+            if target is None:
+                refused[position] = why
+                continue
+            elsewhere[target, why.kind == "ASK"].append(position)
+            if why.kind == "MOVED":
+                self.shared.nodes.mark_stale()
+        if refused:
+            self._refused(node, refused)
+        return elsewhere
 
     def _refused(self, node: Node, refused: Refusals) -> None:
         why = next(iter(refused.values()))
@@ -170,24 +170,32 @@ class Call:
             return
         if why.kind in _MOVING:
             self.shared.nodes.mark_stale()
-        self.failed(node, node.reads if self.is_read else node.writes, f"refuses {self.what}: {why.text}")
+        if why.text != _UNSERVED:
+            self.failed(node, node.reads if self.is_read else node.writes, f"refuses {self.what}: {why.text}")
+
+    def give_up(self, node: Node, error: Exception) -> None:
+        """The node has failed: ask it for nothing for a while."""
+        self.failed(node, node.reads, describe(error))
+        node.disconnect()
+        self.shared.nodes.mark_stale()
 
     def failed(self, node: Node, breaker: Breaker, what: str) -> None:
         """Count it, and open this breaker of the node."""
+        self.count_failure()
+        node.failed(breaker, what)
+
+    def count_failure(self) -> None:
         with self.shared.lock:
             if self.is_read:
                 self.shared.counters.read_errors += 1
             else:
                 self.shared.counters.write_errors += 1
-        node.failed(breaker, what)
 
     # ---- the end ----
 
     def piece_ended(self, piece: _Piece) -> None:
         if piece.error is not None:
-            self.failed(piece.node, piece.node.reads, describe(piece.error))
-            piece.node.disconnect()
-            self.shared.nodes.mark_stale()
+            self.give_up(piece.node, piece.error)
         with self.shared.lock:
             self._error = self._error or piece.error
             bad = [at for at in piece.positions if self.found[at] not in (GOOD, NEW)]
@@ -202,7 +210,7 @@ class Call:
         good = (self.found == GOOD) | (self.found == NEW)
         n_head = len(good) if good.all() else int(good.argmin())
         with self.shared.lock:
-            answer = self.count(n_head)
+            answer = self.count(n_head if error is None else 0)
         if error is None:
             self._future.set_result(answer)
         else:
@@ -342,8 +350,7 @@ class _Planning(Work):
 
     def finish(self) -> None:
         if self.error is not None:
-            home = self._call.shared.nodes.home
-            self._call.failed(home, home.reads, describe(self.error))
+            self._call.count_failure()
         if self.withdrawn or self.error is not None:
             self._call.settle(self.error)
 
@@ -361,11 +368,15 @@ class _Piece(Work):
 
     def run(self) -> None:
         node, is_read = self.node, self._call.is_read
+        self.moved_nbytes = 0
         if node.reads.is_open or (not is_read and node.writes.is_open and not node.writes.is_due):
             return
         if isinstance(self._call, Load) and self._call.n_known < self.positions[0]:
             return
         self._call.ask(node, self.positions)
+        self.moved_nbytes = (
+            self.nbytes * int(np.count_nonzero(self._call.found[self.positions] == GOOD)) // max(1, len(self.positions))
+        )
         found = self._call.found[self.positions]
         if node.writes.is_due and NEW in found and FULL not in found:
             node.writes.close()

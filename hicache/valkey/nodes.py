@@ -10,24 +10,33 @@ it until a trial has gone well. `writes` opens when it refuses to take more.
 from __future__ import annotations
 
 import logging
+import math
+import socket
 import ssl
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from hicache.breaker import Breaker
-from hicache.valkey.wire import Refusal, Wire
+from hicache.valkey.wire import ProtocolError, Refusal, Wire
 
 logger = logging.getLogger(__name__)
 
 Address = tuple[str, int]
+T = TypeVar("T")
+
+MAP_PAUSE_S: Final = 1.0
+"""A cluster is asked where its slots are at most so often."""
 
 
 class ClientMissingError(Exception):
     """The client, valkey-py, is not installed."""
+
+
+class CertificateError(Exception):
+    """Our own certificates, or those that we are to trust, cannot be used: the sentence says which."""
 
 
 class ConnectError(OSError):
@@ -73,6 +82,7 @@ class Node:
         self.is_on_trial = False
         self._connect = connect
         self._idle: list[Wire] = []
+        self._lent: set[Wire] = set()
         self._closed = False
         self._lock = threading.Lock()
         self._told = ""
@@ -80,27 +90,39 @@ class Node:
     def __str__(self) -> str:
         return _joined(self.address)
 
-    @contextmanager
-    def borrow(self) -> Iterator[Wire]:
-        """A connection, for as long as the block lasts; one that meets an error is closed. Blocks to connect.
+    def talk(self, say: Callable[[Wire], T]) -> T:
+        """Say something on a connection of our own; one that meets an error is closed. Blocks, to connect too.
 
+        A connection that was idle may have been closed by the server meanwhile: then it is said again on a new one.
         Raises OSError, of which ConnectError, TimeoutError and ProtocolError are kinds.
         """
         with self._lock:
             wire = self._idle.pop() if self._idle else None
-        if wire is None:
-            wire = self._connect(self.address)
-        try:
-            yield wire
-        except BaseException:
-            wire.close()
-            raise
+        if wire is not None:
+            try:
+                return self._say(wire, say)
+            except (TimeoutError, ProtocolError):
+                raise
+            except ConnectionError:
+                self.disconnect()
+        return self._say(self._connect(self.address), say)
+
+    def _say(self, wire: Wire, say: Callable[[Wire], T]) -> T:
         with self._lock:
-            is_wanted = not self._closed
-            if is_wanted:
-                self._idle.append(wire)
-        if not is_wanted:
-            wire.close()
+            self._lent.add(wire)
+        is_good = False
+        try:
+            answer = say(wire)
+            is_good = True
+            return answer
+        finally:
+            with self._lock:
+                self._lent.remove(wire)
+                is_wanted = is_good and not self._closed
+                if is_wanted:
+                    self._idle.append(wire)
+            if not is_wanted:
+                wire.close()
 
     def disconnect(self) -> None:
         """Close what is idle: after a failure each of these would have to find out for itself."""
@@ -110,10 +132,17 @@ class Node:
             wire.close()
 
     def close(self) -> None:
-        """Connections that are lent are closed when they come back."""
+        """What is being said now may be finished."""
         with self._lock:
             self._closed = True
         self.disconnect()
+
+    def interrupt(self) -> None:
+        """End what is being said now, with errors."""
+        with self._lock:
+            lent = list(self._lent)
+        for wire in lent:
+            wire.shut_down()
 
     def failed(self, breaker: Breaker, what: str) -> None:
         """Open one of the breakers, or let it be open for longer. The same failure is told once, until all is well."""
@@ -132,7 +161,10 @@ class Node:
 
 
 class Nodes:
-    """All nodes that hold pages. Any thread may call it. Making it does not connect. Raises `ClientMissingError`."""
+    """All nodes that hold pages. Any thread may call it. Making it does not connect.
+
+    Raises `ClientMissingError`; `CertificateError` for files of our own that TLS cannot use.
+    """
 
     def __init__(self, endpoint: Endpoint, clock: Callable[[], float]) -> None:
         try:
@@ -141,21 +173,32 @@ class Nodes:
             import valkey.exceptions
         except ImportError as error:
             raise ClientMissingError(str(error)) from error
-        self._client: Any = valkey.connection
+        self._kind: Any = valkey.connection.Connection
+        if endpoint.tls is not None:
+            self._kind = _tls_connection(valkey.connection.SSLConnection, _tls_context(endpoint.tls))
         self._errors = valkey.exceptions.ValkeyError
         self._slot_of: Callable[[bytes], int] = valkey.crc.key_slot
         self._clock = clock
         self._lock = threading.Lock()
         self._nodes: dict[Address, Node] = {}
-        self._owners: list[Node] = []
+        self._asking = threading.Lock()
+        self._asked_at_s = -math.inf
+        self._owners: list[Node | None] = []
         self._is_stale = endpoint.is_cluster
+        self.map = Breaker(clock)
+        """Open while no node of the cluster says where the slots are."""
         self.endpoint = endpoint
         self.home = self.node((endpoint.host, endpoint.port))
 
     def all(self) -> list[Node]:
-        """Those that are known, the one that was configured first."""
-        with self._lock:
-            return list(self._nodes.values())
+        """Those that hold pages: of a cluster, the owners of slots; before they are known, the one of the URL."""
+        owners = [node for node in dict.fromkeys(self._owners) if node is not None]
+        return owners or [self.home]
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether a cluster has not told yet where its slots are."""
+        return self.endpoint.is_cluster and not self._owners
 
     def node(self, address: Address) -> Node:
         with self._lock:
@@ -164,50 +207,101 @@ class Nodes:
             return self._nodes[address]
 
     def by_node(self, names: Sequence[bytes]) -> dict[Node, list[int]]:
-        """Positions in `names`, ascending, by the node that has them.
+        """Positions in `names`, ascending, by the node that has them; those that no node serves are left out.
 
-        Blocks if the cluster has to be asked, and may raise OSError then. A slot that nobody serves is taken for the
-        first node's, which refuses it.
+        Blocks if the cluster has to be asked. Raises OSError if it has never told.
         """
         if not self.endpoint.is_cluster:
             return {self.home: list(range(len(names)))}
         if self._is_stale:
-            self._ask_for_slots()
+            self._update_map()
         owners, found = self._owners, defaultdict[Node, list[int]](list)
         for position, name in enumerate(names):
-            found[owners[self._slot_of(name)]].append(position)
+            owner = owners[self._slot_of(name)]
+            if owner is not None:
+                found[owner].append(position)
         return found
 
     def mark_stale(self) -> None:
-        """Slots have moved, or a node does not answer: ask where they are before the next call."""
+        """Slots have moved, or a node does not answer: ask where they are before a next call."""
         self._is_stale = self.endpoint.is_cluster
 
     def redirected(self, refusal: Refusal, node: Node) -> Node | None:
-        """To whom a cluster's node sends us for a key. None: this refusal is of another kind."""
-        if refusal.kind not in ("MOVED", "ASK"):
+        """To whom a cluster's node sends us for a key. None: this refusal is of another kind, or names nobody."""
+        if not refusal.is_redirection:
             return None
-        host, _, port = refusal.text.split()[2].rpartition(":")
-        return self.node((host.strip("[]") or node.address[0], int(port)))
+        try:
+            host, _, port = refusal.text.split()[2].rpartition(":")
+            return self.node((host.strip("[]?") or node.address[0], int(port)))
+        except (IndexError, ValueError):
+            return None
 
     def close(self) -> None:
-        for node in self.all():
+        with self._lock:
+            nodes = list(self._nodes.values())
+        for node in nodes:
             node.close()
 
-    def _ask_for_slots(self) -> None:
-        """Of any node that answers, the configured one first. Raises OSError."""
-        failure: OSError | None = None
-        for node in self.all():
+    def interrupt(self) -> None:
+        """End all calls that are under way, with errors."""
+        with self._lock:
+            nodes = list(self._nodes.values())
+        for node in nodes:
+            node.interrupt()
+
+    # ---- the map of a cluster ----
+
+    def _update_map(self) -> None:
+        """One thread at a time asks, and not too often; the map of before serves meanwhile. Raises OSError."""
+        with self._asking:
+            if not self._is_stale:
+                return
+            now_s = self._clock()
+            may_ask = self.map.is_due if self.map.is_open else now_s - self._asked_at_s >= MAP_PAUSE_S
+            if not may_ask and self._owners:
+                return
+            if not may_ask:
+                raise ConnectError("has not told where its slots are")
+            self._asked_at_s = now_s
             try:
-                with node.borrow() as wire:
-                    owners = wire.cluster_slots(node.address[0])
+                self._ask_for_map()
+            except OSError as error:
+                self.home.failed(self.map, describe(error))
+                if not self._owners:
+                    raise
+
+    def _ask_for_map(self) -> None:
+        """Of any node that knows one, those that serve first. Raises OSError."""
+        with self._lock:
+            nodes = sorted(self._nodes.values(), key=lambda node: node.reads.is_open)
+        failure: OSError | None = None
+        for node in nodes:
+            if node.reads.is_open and not node.reads.is_due:
+                continue
+            try:
+                addresses = node.talk(lambda wire, node=node: wire.cluster_slots(node.address[0]))  # type: ignore[misc]
             except OSError as error:
                 failure = failure or error
                 continue
-            self._owners = [self.home if address is None else self.node(address) for address in owners]
-            self._is_stale = False
-            return
-        assert failure is not None
-        raise failure
+            if any(addresses):
+                self._take_map(addresses)
+                return
+            failure = failure or ConnectError("serves no slots: it is in no cluster, or has left it")
+        raise failure or ConnectError("has no node that could be asked where its slots are")
+
+    def _take_map(self, addresses: Sequence[Address | None]) -> None:
+        self._owners = [None if address is None else self.node(address) for address in addresses]
+        self._is_stale = False
+        self.map.close()
+        current = {self.home, *self._owners}
+        with self._lock:
+            gone = [node for node in self._nodes.values() if node not in current]
+            for node in gone:
+                del self._nodes[node.address]
+        for node in gone:
+            node.close()
+
+    # ---- connections ----
 
     def _connect(self, address: Address) -> Wire:
         endpoint = self.endpoint
@@ -223,22 +317,36 @@ class Nodes:
             "lib_name": None,
             "lib_version": None,
         }
-        kind = self._client.Connection
-        if endpoint.tls is not None:
-            kind = self._client.SSLConnection
-            options |= {
-                "ssl_ca_certs": endpoint.tls.ca,
-                "ssl_certfile": endpoint.tls.certificate,
-                "ssl_keyfile": endpoint.tls.key,
-                "ssl_check_hostname": True,
-            }
-        connection = kind(**options)
+        connection = self._kind(**options)
         try:
             connection.connect()
-        except (self._errors, OSError) as error:
+        except (self._errors, OSError, ValueError) as error:  # ValueError: a host that cannot be one
             connection.disconnect()
-            raise ConnectError(_reason(error)) from error
+            raise ConnectError(_reason(error, endpoint.password)) from None
         return Wire(connection, endpoint.timeout_s)
+
+
+def _tls_context(tls: Tls) -> ssl.SSLContext:
+    """Made once: certificates take milliseconds to read. With `ca` nobody else is trusted."""
+    try:
+        context = ssl.create_default_context(cafile=tls.ca)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if tls.certificate is not None:
+            context.load_cert_chain(tls.certificate, tls.key)
+    except OSError as error:
+        files = ", ".join(file for file in (tls.ca, tls.certificate, tls.key) if file is not None)
+        raise CertificateError(f"TLS cannot use {files} ({error})") from error
+    return context
+
+
+def _tls_connection(base: Any, context: ssl.SSLContext) -> Any:
+    """The client's kind of connection, with our trust: its own adds to whom the system trusts, for each connection."""
+
+    class TlsConnection(base):  # type: ignore[misc]
+        def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+            return context.wrap_socket(sock, server_hostname=self.host)
+
+    return TlsConnection
 
 
 def _joined(address: Address) -> str:
@@ -259,9 +367,14 @@ def _about_tls(text: str) -> str:
     return f"and this server do not agree about TLS ({text}); check valkeys://, ca_file, cert_file and key_file"
 
 
-def _reason(error: BaseException) -> str:
-    """What goes after the server's name. The client wraps what system and server said in sentences of its own."""
+def _reason(error: BaseException, password: str | None) -> str:
+    """What goes after the server's name. The client wraps what system and server said in sentences of its own.
+
+    A server that does not know AUTH repeats its arguments.
+    """
     text = " ".join(str(error).split()).rstrip(".")
+    if password:
+        text = text.replace(password, "***")
     causes, cause = [error], error.__context__
     while cause is not None:
         causes.append(cause)

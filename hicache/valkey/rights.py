@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from hicache.valkey.nodes import Node, Nodes
 from hicache.valkey.values import PREFIX
-from hicache.valkey.wire import refusal
+from hicache.valkey.wire import ProtocolError, Wire, refusal
 
-_READING: Final = ("EXISTS", "GETEX")
+_READING: Final = ("EXISTS", "GETEX", "CLUSTER SLOTS")
 
 
 class RefusedError(OSError):
@@ -25,8 +26,8 @@ class RefusedError(OSError):
 def check_rights(nodes: Nodes, node: Node, namespace: str) -> None:
     """Try each command on a key of its own, which is gone a second later.
 
-    Blocks. Raises OSError, of which `RefusedError` is a kind. A cluster's node that does not serve this key says so
-    instead, which is as good.
+    Blocks. Raises OSError, of which `RefusedError` is a kind; a refused reading goes before a refused writing. A
+    cluster's node that does not serve this key says so instead, which is as good.
     """
     name = f"{PREFIX}{namespace}:probe".encode()
     commands = (
@@ -36,9 +37,21 @@ def check_rights(nodes: Nodes, node: Node, namespace: str) -> None:
         (b"GETEX", name, b"EX", b"1"),
         (b"UNLINK", name),
     )
-    with node.borrow() as wire:
-        lines = [wire.one(command) for command in commands]
-    for command, line in zip(commands, lines, strict=True):
+    refused = node.talk(lambda wire: _refused(wire, nodes.endpoint.is_cluster, node.address[0], commands))
+    for error in sorted(refused, key=lambda error: error.is_of_writing):
+        raise error
+
+
+def _refused(wire: Wire, is_cluster: bool, host: str, commands: Sequence[tuple[bytes, ...]]) -> list[RefusedError]:
+    refused = []
+    if is_cluster:
+        try:
+            wire.cluster_slots(host)
+        except ProtocolError as error:
+            raise RefusedError("CLUSTER SLOTS", str(error)) from error
+    for command in commands:
+        line = wire.one(command)
         why = refusal(line)
-        if line.startswith(b"-") and nodes.redirected(why, node) is None:
-            raise RefusedError(command[0].decode(), why.text)
+        if line.startswith(b"-") and not why.is_redirection:
+            refused.append(RefusedError(command[0].decode(), why.text))
+    return refused

@@ -149,6 +149,8 @@ class ValkeyTier(Tier):
         reasons = [node.reads.reason for node in nodes if node.reads.is_open]
         if len(reasons) == len(nodes):
             return Health(False, reasons[0])
+        if self._lacks_map():
+            return Health(False, self._shared.nodes.map.reason)
         return Health(True, next(iter([*reasons, *(node.writes.reason for node in nodes if node.writes.is_open)]), ""))
 
     def stats(self) -> Mapping[str, int]:
@@ -173,11 +175,15 @@ class ValkeyTier(Tier):
     # ---- the end ----
 
     def close(self) -> None:
-        """Withdraw what is queued and wait for what is under way, as long as the timeouts allow."""
+        """Withdraw what is queued, wait for what is under way as long as a call may take, then end it."""
         if self._closed:
             return
         self._closed = True
-        if not self._shared.workers.stop(_HANGS_AFTER * self._call_s):
+        is_quiet = self._shared.workers.stop(self._call_s)
+        if not is_quiet:
+            self._shared.nodes.interrupt()
+            is_quiet = self._shared.workers.stop(self._call_s)
+        if not is_quiet:
             logger.error("sgl_lmcache: %s does not answer: its connections are left", self._shared.nodes.endpoint)
         self._shared.nodes.close()
 
@@ -189,7 +195,12 @@ class ValkeyTier(Tier):
             return True
         nodes = self._shared.nodes.all()
         self._try_due(nodes)
-        return all(node.reads.is_open for node in nodes)
+        return all(node.reads.is_open for node in nodes) or self._lacks_map()
+
+    def _lacks_map(self) -> bool:
+        """Whether a cluster has not told where its slots are, and is not to be asked yet."""
+        nodes = self._shared.nodes
+        return nodes.is_unknown and nodes.map.is_open and not nodes.map.is_due
 
     def _is_hung(self) -> bool:
         return self._shared.workers.oldest_s() > _HANGS_AFTER * self._call_s

@@ -16,6 +16,7 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -51,6 +52,11 @@ class Refusal:
     @property
     def kind(self) -> str:
         return self.text.partition(" ")[0]
+
+    @property
+    def is_redirection(self) -> bool:
+        """Whether another node of the cluster has the key."""
+        return self.kind in ("MOVED", "ASK")
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +156,15 @@ class Wire:
         self._begin()
         self._send([pack(b"CLUSTER", b"SLOTS")])
         owners: list[tuple[str, int] | None] = [None] * N_CLUSTER_SLOTS
-        for first, end, (name, port, *_), *_ in self._any():
-            address = (name.decode() if name else host, port)
-            owners[first : end + 1] = [address] * (end + 1 - first)
+        found = self._any()
+        try:
+            for first, end, (name, port, *_), *_ in found:
+                if not 0 <= first <= end < N_CLUSTER_SLOTS:
+                    raise ValueError(f"slots {first} to {end}")
+                address = (host if name in (None, b"", b"?") else name.decode(), int(port))
+                owners[first : end + 1] = [address] * (end + 1 - first)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError(f"no map of a cluster ({error})") from error
         return owners
 
     # ---- sending ----
@@ -162,8 +174,25 @@ class Wire:
         return _ASKING if self.is_asking else b""
 
     def _begin(self) -> None:
+        """A call begins. What is there already answers nothing that was asked, and would be taken for an answer."""
         self.n_calls += 1
         self._deadline_s = self._clock() + self._timeout_s
+        if self._ahead or self._has_pending():
+            raise ConnectionError("something came that was not asked for, or the server has closed the connection")
+
+    def _has_pending(self) -> bool:
+        if isinstance(self._socket, ssl.SSLSocket):
+            return self._socket.pending() > 0
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+    def shut_down(self) -> None:
+        """End whatever call is under way, with an error. From any thread."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _check_time(self) -> None:
         if self._clock() > self._deadline_s:

@@ -140,7 +140,7 @@ class Mover:
             ttl_s=TTL_S,
             max_queued_nbytes=2 * n_pages * page_nbytes,
         )
-        self.client = valkey.Valkey(*address)
+        self.client: Any = valkey.Valkey(*address)
         self.socket = socket.create_connection(address)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         piece = max(1, LOAD_NBYTES // page_nbytes)

@@ -101,3 +101,37 @@ def test_only_one_thread_prefers_writes() -> None:
     for event in (*gates, hold):
         event.set()
     assert workers.stop(20.0)
+
+
+class _Timed(Work):
+    is_read = True
+
+    def __init__(self, clock: Clock, nbytes: int, seconds: float, error: Exception | None = None) -> None:
+        self.nbytes = nbytes
+        self._clock, self._seconds, self._error = clock, seconds, error
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        self._clock.now_s += self._seconds
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        self.done.set()
+
+
+def test_questions_and_failures_do_not_make_reads_look_slow() -> None:
+    clock = Clock()
+    workers = Workers("test", 1, clock)
+
+    def expected_s(*work: _Timed) -> float:
+        for piece in work:
+            workers.submit([piece])
+            assert piece.done.wait(10)
+        return workers.expected_read_s(1000)
+
+    assert expected_s(_Timed(clock, 1000, 1.0)) == 1.0
+    assert expected_s(*(_Timed(clock, 0, 5.0) for _ in range(10))) == 1.0, "nothing was moved"
+    assert expected_s(_Timed(clock, 1000, 30.0, OSError("no answer"))) == 0.0, "nothing is known any more"
+    assert expected_s(_Timed(clock, 1000, 2.0)) == 2.0
+    assert workers.stop(10)

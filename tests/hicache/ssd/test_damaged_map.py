@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hicache.breaker import Breaker
 from hicache.ssd import SsdTier
 from hicache.ssd.map import Map, NewMap
 from tests.hicache.ssd.stores import Slab, make_slab, open_tier, pages, settle, wait_until
@@ -139,24 +138,6 @@ def test_a_trial_that_meets_damage(case: Case, monkeypatch: pytest.MonkeyPatch, 
     settle(tier)
     assert case.n_loaded(tier) == [10] * 6
     tier.close()
-
-
-def test_a_breaker_that_soon_trips_again_waits_longer() -> None:
-    clock = Clock()
-    breaker = Breaker(clock)
-
-    def pause_s() -> float:
-        """Trip it, and see when it is due; then the trial goes well."""
-        breaker.trip("a reason")
-        began_at_s = clock.now_s
-        while not breaker.is_due:
-            clock.now_s += 0.5
-        breaker.close()
-        return clock.now_s - began_at_s
-
-    assert [pause_s() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
-    clock.now_s += 200
-    assert pause_s() == 1
 
 
 @pytest.mark.parametrize("when", ["add", "complete", "replace"])

@@ -62,7 +62,7 @@ def test_a_page_is_one_key_with_a_time_to_live_and_a_name_without_braces(server:
     keys, _ = chain(3, "a")
     on.tier.store(batch(3, "a")).result()
     client = server.client()
-    assert client.keys() == sorted(page_names(keys))
+    assert [name for name in client.keys() if not name.endswith(b":probe")] == sorted(page_names(keys))  # noqa: SIM118
     for name, page in zip(page_names(keys), on.slab[:3], strict=True):
         assert name.startswith(b"sgl-lmcache:" + NAMESPACE.encode() + b":")
         assert b"{" not in name
