@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ def test_a_store_that_is_killed_and_started_again(own_server: StoreServer, caplo
 def test_an_idle_connection_that_the_server_has_closed_is_no_failure(own_server: StoreServer) -> None:
     with rig(own_server.endpoint(**QUICK)) as on:
         assert store(on) == 4
+        wait_for("the trial at the start is over", lambda: not on.tier._shared.nodes.home.is_on_trial or None, 10)
         client = own_server.client()
         client("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         client.close()
@@ -234,3 +237,74 @@ def test_what_is_under_way_when_the_tier_closes_ends(own_server: StoreServer) ->
         assert all(future.done() for future in futures)
         own_server.thaw()
         assert on.tier.exists(page_names(chain(1, "a")[0])[0][:32]).result() == 0, "closed"
+
+
+def test_a_password_is_not_repeated_from_what_a_server_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One that does not know AUTH repeats its arguments."""
+    with (
+        store_server(tmp_path / "old", "--rename-command", "AUTH", "") as server,
+        rig(server.endpoint(**QUICK, username="cache", password="TOPSECRET")) as on,
+    ):
+        goes_out(on)
+        assert "AUTH" in caplog.text
+        assert "TOPSECRET" not in caplog.text + on.tier.health().reason
+
+
+def test_a_host_that_cannot_be_one_is_told_like_one_that_is_not_there() -> None:
+    with rig(Endpoint("kv..example", 6379, **QUICK)) as on:
+        goes_out(on)
+        assert "cannot be reached" in on.tier.health().reason
+        assert on.tier.stats()["crashes"] == 0
+
+
+def test_what_was_not_asked_for_is_not_taken_for_an_answer(own_server: StoreServer) -> None:
+    """A stray line would shift all answers behind it, and sound pages would be taken for damaged ones."""
+    upstream = own_server.port
+
+    def relay(connection: socket.socket) -> None:
+        with socket.create_connection(("127.0.0.1", upstream)) as store:
+            threading.Thread(target=pump, args=(connection, store), daemon=True).start()
+            n_answers = 0
+            while answer := store.recv(1 << 16):
+                n_answers += 1
+                connection.sendall(answer)
+                if n_answers == 12:
+                    connection.sendall(b"$-1\r\n")
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while part := source.recv(1 << 16):
+                target.sendall(part)
+
+    with bad_server(relay) as proxy, rig(Endpoint("127.0.0.1", proxy.port, **QUICK), n_connections=1) as on:
+        assert store(on, 10) == 10
+        for _ in range(20):
+            assert load(on, 10) == 10
+        assert on.tier.stats()["corrupt"] == 0
+    with rig(own_server.endpoint()) as on:
+        assert exists(on, 10) == 10
+
+
+def test_a_call_that_goes_on_and_on_ends_when_the_tier_closes(own_server: StoreServer) -> None:
+    def drip(connection: socket.socket) -> None:
+        connection.recv(1 << 16)
+        connection.sendall(b":1\r\n")
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.05)
+
+    with bad_server(drip) as server, rig(Endpoint("127.0.0.1", server.port, timeout_s=30)) as on:
+        future = on.tier.load(batch(4, "a", first_slot=8))
+        on.tier._call_s = 0.3  # type: ignore[assignment]
+        on.tier.close()
+        assert future.done(), "nobody writes to the slots any more"
+
+
+def test_a_refused_reading_is_told_before_a_refused_writing(tmp_path: Path) -> None:
+    neither = ("--user", "neither", "on", ">secret", "~sgl-lmcache:*", "+@all", "-set", "-getex")
+    with (
+        store_server(tmp_path / "guarded", *neither) as server,
+        rig(server.endpoint(**QUICK, username="neither", password="secret")) as on,
+    ):
+        goes_out(on)
+        assert "refuses GETEX" in on.tier.health().reason

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hicache.valkey import Endpoint, Tls
+from hicache.valkey import CertificateError, Endpoint, Nodes, Tls
 from tests.hicache.tier_contract import batch
 from tests.hicache.valkey.tiers import random_slab, rig
 from tests.support.certificates import Authority, Pair
@@ -112,3 +113,22 @@ def test_a_certificate_for_another_address_is_not_trusted(
     options = tls_options(port, pair, authority, clients="no")
     with store_server(tmp_path / "elsewhere", *options, binary=redis_binary()):
         assert "do not agree about TLS" in refused(port, Tls(authority.pair.certificate), caplog)
+
+
+def test_with_a_ca_file_whom_the_system_trusts_is_not_trusted(
+    tls_port: int, authority: Authority, stranger: Authority, client_pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", authority.pair.certificate)  # OpenSSL takes it for the system's authorities
+    with rig(endpoint(tls_port, Tls(None, client_pair.certificate, client_pair.key))) as on:
+        assert on.tier.store(batch(2, "system")).result() == 2
+    with rig(endpoint(tls_port, Tls(stranger.pair.certificate, client_pair.certificate, client_pair.key))) as on:
+        wait_for("it is refused", lambda: not on.tier.health().available or None, 20)
+        assert "do not agree about TLS" in on.tier.health().reason
+
+
+def test_files_that_are_no_certificates_are_told_before_anything_is_asked(tmp_path: Path, client_pair: Pair) -> None:
+    (tmp_path / "text").write_text("no certificate")
+    with pytest.raises(CertificateError, match=r"TLS cannot use .*text"):
+        Nodes(endpoint(1, Tls(str(tmp_path / "text"))), time.monotonic)
+    with pytest.raises(CertificateError, match="TLS cannot use"):
+        Nodes(endpoint(1, Tls(None, client_pair.certificate, str(tmp_path / "text"))), time.monotonic)
