@@ -295,7 +295,7 @@ def test_a_call_that_goes_on_and_on_ends_when_the_tier_closes(own_server: StoreS
 
     with bad_server(drip) as server, rig(Endpoint("127.0.0.1", server.port, timeout_s=30)) as on:
         future = on.tier.load(batch(4, "a", first_slot=8))
-        on.tier._call_s = 0.3  # type: ignore[assignment]
+        on.tier._call_s = 0.3
         on.tier.close()
         assert future.done(), "nobody writes to the slots any more"
 
