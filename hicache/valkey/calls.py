@@ -126,13 +126,15 @@ class Call:
         """Talk to a node, and to those it sends us to. Raises OSError if the first one fails."""
         todo = self._sort(node, self._talk(node, positions, is_asking=False))
         for _ in range(MAX_REDIRECTIONS):
-            elsewhere, todo = todo, {}
+            elsewhere, todo = todo, defaultdict(list)
             for (target, is_asking), moved in elsewhere.items():
                 with self.shared.lock:
                     self.shared.counters.redirections += len(moved)
                 try:
                     if not target.reads.is_open:
-                        todo |= self._sort(target, self._talk(target, moved, is_asking=is_asking))
+                        refusals = self._talk(target, moved, is_asking=is_asking)
+                        for where, again in self._sort(target, refusals).items():
+                            todo[where] += again
                 except OSError as error:
                     self.found[moved] = UNASKED  # one of them may have been judged before the payload of another came
                     self.give_up(target, error)
@@ -146,7 +148,7 @@ class Call:
 
         return node.talk(say)
 
-    def _sort(self, node: Node, refusals: Refusals) -> dict[tuple[Node, bool], list[int]]:
+    def _sort(self, node: Node, refusals: Refusals) -> defaultdict[tuple[Node, bool], list[int]]:
         """What is to be asked elsewhere, and whether with ASKING; the others have been refused by this node."""
         elsewhere: defaultdict[tuple[Node, bool], list[int]] = defaultdict(list)
         refused: dict[int, Refusal] = {}
