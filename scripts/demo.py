@@ -150,7 +150,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--host-capacity", default="1GiB", help="size of the host tier (default 1GiB)")
     parser.add_argument("--ssd-capacity", default="1GiB", help="size of the SSD tier, in a temporary folder (1GiB)")
     parser.add_argument("--port", type=int, help="default: a free one")
-    parser.add_argument("--time-limit", type=float, default=300, help="seconds after which it gives up (default 300)")
+    parser.add_argument("--time-limit", type=float, default=600, help="seconds after which it gives up (default 600)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
     if arguments.document_tokens < MIN_DOCUMENT_TOKENS:
