@@ -153,7 +153,7 @@ def measure(n_pages: int, n_rounds: int, *, ssd: Path | None) -> list[Cost]:
         5 * n_pages,
         page_size=page_size,
         max_len=n_tokens + page_size,
-        open_tier=None if ssd is None else open_tier,
+        open_tiers=() if ssd is None else [(open_tier, "through")],
         batch_pages=128,
     )
 

@@ -88,7 +88,7 @@ class Request:
 class RealCache:
     """A cache over `n_device_pages` of HBM and `n_slots` of host memory. Call `close`.
 
-    open_tiers: what lies below, fastest first, each with its write policy. open_tier: the same for one, `through`.
+    open_tiers: what lies below, fastest first, each with its write policy.
     """
 
     def __init__(
@@ -104,7 +104,6 @@ class RealCache:
         clock: Callable[[], float] = time.monotonic,
         ranks: Ranks | None = None,
         make_copies: Callable[[DevicePool, PageLayout, Slab], Copies] = CpuCopies,
-        open_tier: OpenTier | None = None,
         open_tiers: Sequence[tuple[OpenTier, str]] = (),
         batch_pages: int = 16,
         fetch_only_if_faster: bool = False,
@@ -131,7 +130,7 @@ class RealCache:
         )
         device_pool, layout = describe_pool(self.pool, page_size)
         self.slab = Slab(n_slots, layout.slot_nbytes)
-        self.open_tiers = [(open_tier, "through")] if open_tier is not None else open_tiers
+        self.open_tiers = open_tiers
         self.engine = Engine(
             Index(2 * (n_device_pages + n_slots) + 64),
             n_slots,
