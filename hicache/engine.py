@@ -35,14 +35,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from hicache.fetches import NO_ROWS, Fetch, true_prefix
+from hicache.fetches import NO_ROWS, Fetch
 from hicache.host import HostTier, Slots
 from hicache.lower import Lower, LowerTier
 from hicache.prefills import Prefill, Prefills
 from hicache.speed import PrefillSpeed
 from hicache.stats import Stats
 from hicache.ticket import Ticket, Verdict
-from hicache.tier import Tier
+from hicache.tier import Tier, true_prefix
 from hicache.waits import Waits
 from radix import HBM, HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 

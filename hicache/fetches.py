@@ -34,7 +34,7 @@ import numpy as np
 from hicache.host import HostTier, Slots
 from hicache.probe import Load, Probe
 from hicache.stats import Stats
-from hicache.tier import Batch, Tier
+from hicache.tier import Batch, Tier, true_prefix
 from hicache.waits import Waits
 from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
 
@@ -360,8 +360,3 @@ class Fetches:
         n_pages = sum(len(fetch.slots) for fetch in self._loading)
         assert n_pages == self._n_loading_pages, f"{n_pages} pages are loading, counted {self._n_loading_pages}"
         assert len(self._loading) <= N_REPORTED, "more fetches are loading than can be reported"
-
-
-def true_prefix(flags: np.ndarray) -> int:
-    """How many flags are set before the first that is not."""
-    return len(flags) if flags.all() else int(flags.argmin())

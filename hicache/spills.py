@@ -24,10 +24,10 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from hicache.fetches import NO_ROWS, true_prefix
+from hicache.fetches import NO_ROWS
 from hicache.host import HostTier, Slots
 from hicache.stats import SpillStats
-from hicache.tier import Batch, Tier, answer_of, batches
+from hicache.tier import Batch, Tier, answer_of, batches, true_prefix
 from radix import HOST, Index, Rows, State
 
 N_REPORTED = 8

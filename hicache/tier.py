@@ -88,6 +88,18 @@ def batches(run: Batch, n_pages: int) -> Iterator[tuple[int, Batch]]:
         yield end, run.part(start, end)
 
 
+def true_prefix(flags: NDArray[np.bool_]) -> int:
+    """How many flags are set before the first that is not."""
+    return len(flags) if flags.all() else int(flags.argmin())
+
+
+def pending() -> Future[int]:
+    """A call that cannot be cancelled: it is done when no thread is at its slots any more."""
+    future: Future[int] = Future()
+    future.set_running_or_notify_cancel()
+    return future
+
+
 def answered(value: int) -> Future[int]:
     """A call that is done."""
     future: Future[int] = Future()

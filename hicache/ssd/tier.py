@@ -35,7 +35,7 @@ from hicache.ssd.opening import open_store
 from hicache.ssd.sizes import FIXED_NBYTES, MAP_SLOT_NBYTES
 from hicache.ssd.stores import Stores
 from hicache.ssd.volume import Spec, Volume
-from hicache.tier import Batch, Capacity, Health, Tier, answered
+from hicache.tier import Batch, Capacity, Health, Tier, answered, pending
 from hicache.workers import Workers
 from radix import KEY_NBYTES, POLICIES
 from transfer.files import System
@@ -138,7 +138,7 @@ class SsdTier(Tier):
         if not is_filling or n_found * KEY_NBYTES == len(keys):
             return answered(n_found)
 
-        future = _pending()
+        future = pending()
 
         def answer() -> None:
             look_up(volume, keys, prefix=True)
@@ -153,7 +153,7 @@ class SsdTier(Tier):
         volume = self._volume
         if self._refuses_reads():
             return answered(0)
-        future = _pending()
+        future = pending()
         with volume.lock:
             must_look = volume.is_filling and volume.pages.n_found(batch.keys) < len(batch)
         if not must_look:
@@ -170,7 +170,7 @@ class SsdTier(Tier):
     def store(self, batch: Batch) -> Future[int]:
         if self._closed or self._is_hung() or self._volume.writes.is_open:
             return answered(0)
-        future = _pending()
+        future = pending()
         self._stores.ask(batch, future)
         return future
 
@@ -181,7 +181,7 @@ class SsdTier(Tier):
     def delete(self, keys: bytes) -> Future[int]:
         if self._closed:
             return answered(0)
-        future = _pending()
+        future = pending()
 
         def answer() -> None:
             look_up(self._volume, keys, prefix=False)
@@ -205,7 +205,7 @@ class SsdTier(Tier):
     def clear(self) -> Future[int]:
         if self._closed:
             return answered(0)
-        future = _pending()
+        future = pending()
         self._keeper.call(lambda: future.set_result(self._keeper.clear()), future, after_fill=True)
         return future
 
@@ -213,7 +213,7 @@ class SsdTier(Tier):
         """Done when the map names all that is stored now, so that a crash loses none of it. Answers 0."""
         if self._closed:
             return answered(0)
-        future = _pending()
+        future = pending()
         self._keeper.call(lambda: future.set_result(self._keeper.flush()), future, after_fill=True)
         return future
 
@@ -321,10 +321,3 @@ class SsdTier(Tier):
         else:
             logger.warning("sgl_lmcache: the disk of %s answers again", path)
         return hangs
-
-
-def _pending() -> Future[int]:
-    """A future that cannot be cancelled: it is done when no thread is at its slots any more."""
-    future: Future[int] = Future()
-    future.set_running_or_notify_cancel()
-    return future

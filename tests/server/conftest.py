@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,6 +73,14 @@ class Fleet:
     def stop(self) -> None:
         while self._servers:
             self._servers.popitem()[1].stop()
+
+
+@contextmanager
+def running(fleet: Fleet, setup: Setup, folder: Path) -> Iterator[Server]:
+    """A server of the caller's own."""
+    fleet.make_room()
+    with Server(setup, folder) as server:
+        yield server
 
 
 @pytest.fixture(scope="package")

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import pytest
 
 from hicache.ssd import check_path
 from sgl_lmcache.cpu.model import TINY, make_model
-from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest
+from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest, running
 from tests.server.traffic import Tolerance, prompt, push_out, reusable
 from tests.support.server import ANSWER_TIMEOUT_S, END_TIMEOUT_S, START_TIMEOUT_S, Faults, Server, Setup, wait_for
 
@@ -40,13 +40,6 @@ def ssd_setup(folder: Path, name: str = "ssd", *, policy: str = "wait", capacity
         prefetch: {{policy: {policy}, timeout: {PREFETCH_TIMEOUT_S}s}}
     """
     return Setup(name, (*ARGUMENTS, "--enable-metrics"), config=config)
-
-
-@contextmanager
-def running(fleet: Fleet, setup: Setup, folder: Path) -> Iterator[Server]:
-    fleet.make_room()
-    with Server(setup, folder) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest
+from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest, running
 from tests.server.traffic import Prompt, Tolerance, prompt, reusable
 from tests.support.blackhole import bad_server, say_nothing
 from tests.support.server import ANSWER_TIMEOUT_S, Answer, Server, Setup, wait_for
@@ -43,13 +43,6 @@ def valkey_setup(
         prefetch: {{policy: wait, timeout: {PREFETCH_TIMEOUT_S}s}}
     """
     return Setup(name, (*ARGUMENTS, "--enable-metrics"), config=config)
-
-
-@contextmanager
-def running(fleet: Fleet, setup: Setup, folder: Path) -> Iterator[Server]:
-    fleet.make_room()
-    with Server(setup, folder) as server:
-        yield server
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tests.support.server import Server, free_port
+from tests.support.processes import free_port
+from tests.support.server import Server
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # SGLang's own, while it is imported

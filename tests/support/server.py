@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ import msgspec
 from sgl_lmcache.cpu import cpu_arguments, cpu_environment
 from sgl_lmcache.cpu.model import TINY, Recipe, make_model
 from tests.support.inspection import ANSWER_TIMEOUT_S, Faults, Inspection, ProbeFolder
-from tests.support.processes import STOP_TIMEOUT_S, ProcessGroup, wait_for
+from tests.support.processes import STOP_TIMEOUT_S, ProcessGroup, free_port, wait_for
 
 __all__ = [
     "ANSWER_TIMEOUT_S",
@@ -373,10 +372,3 @@ def _answer(body: Mapping[str, Any]) -> Answer:
         storage_tokens=details.get("storage", 0),
         finish_reason=(meta.get("finish_reason") or {"type": ""})["type"],
     )
-
-
-def free_port() -> int:
-    """One that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

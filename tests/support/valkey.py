@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hicache.valkey import Endpoint
-from tests.support.processes import wait_for
+from tests.support.processes import free_port, wait_for
 
 START_TIMEOUT_S = 30.0
 
@@ -26,13 +26,6 @@ def valkey_binary() -> str:
 def redis_binary() -> str | None:
     """Debian's redis-server, which speaks TLS."""
     return shutil.which("redis-server")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class StoreServer:

@@ -19,8 +19,8 @@ from tests.hicache.tier_contract import batch, chain
 from tests.hicache.valkey.tiers import Rig, page_names, rig
 from tests.support.blackhole import bad_server, hang_up, say, say_nothing
 from tests.support.clock import Clock
-from tests.support.processes import wait_for
-from tests.support.valkey import StoreServer, free_port, store_server
+from tests.support.processes import free_port, wait_for
+from tests.support.valkey import StoreServer, store_server
 
 QUICK: dict[str, Any] = {"timeout_s": 0.3, "connect_timeout_s": 0.3}
 

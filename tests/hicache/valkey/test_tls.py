@@ -13,8 +13,8 @@ from hicache.valkey import CertificateError, Endpoint, Nodes, Tls
 from tests.hicache.tier_contract import batch
 from tests.hicache.valkey.tiers import random_slab, rig
 from tests.support.certificates import Authority, Pair
-from tests.support.processes import wait_for
-from tests.support.valkey import free_port, redis_binary, store_server
+from tests.support.processes import free_port, wait_for
+from tests.support.valkey import redis_binary, store_server
 
 pytestmark = pytest.mark.skipif(redis_binary() is None, reason="needs redis-server (apt-get install redis-server)")
 
