@@ -67,12 +67,15 @@ def _retract(server: Server, _leader: str) -> None:
 def test_end_of_the_leader_lets_another_lead(
     cached: Server, tolerances: Tolerances, end: Callable[[Server, str], None]
 ) -> None:
-    """While it is prefilled in chunks. What it has computed by then is in the tree, and is not computed again."""
+    """While it is prefilled in chunks. What it has computed by then is in the tree, and is not computed again.
+
+    No name is the head of another: SGLang ends all requests whose names begin with the one it is told to end.
+    """
     tokens = prompt(end.__name__, N_DOCUMENT_TOKENS)
     before = cached.at_rest()
     with ThreadPoolExecutor(16) as threads:
         with cached.probe.faults(Faults(call_delay_s=1.0)):
-            sent = [threads.submit(cached.generate, tokens, 2, rid=f"{end.__name__} {n}") for n in range(16)]
+            sent = [threads.submit(cached.generate, tokens, 2, rid=f"{end.__name__} {n:02}") for n in range(16)]
             leader = wait_for("one leads the others", lambda: _leader(cached), ANSWER_TIMEOUT_S)
             end(cached, leader)
         answers = [future.result() for future in sent]
