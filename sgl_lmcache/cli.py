@@ -19,7 +19,7 @@ from sgl_lmcache import __version__, ssd_cli
 from sgl_lmcache.errors import StartError
 
 if TYPE_CHECKING:
-    from sgl_lmcache.config import Config, HostTier, SsdTier, ValkeyTier
+    from sgl_lmcache.config import Config, HostTier, LowerTier, MooncakeTier, ValkeyTier
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,12 +106,12 @@ def _effective(path: Path | None) -> Iterator[str]:
     yield _line("  timeout", config.prefetch.timeout, given="timeout" in prefetch)
 
 
-def _effective_tier(config: Config, tier: HostTier | SsdTier | ValkeyTier, given: Mapping[str, Any]) -> Iterator[str]:
-    from sgl_lmcache.config import SsdTier, ValkeyTier
+def _effective_tier(config: Config, tier: HostTier | LowerTier, given: Mapping[str, Any]) -> Iterator[str]:
+    from sgl_lmcache.config import MooncakeTier, SsdTier, ValkeyTier
 
     yield _line("  - type", tier.__struct_config__.tag, given="type" in given)
-    if isinstance(tier, ValkeyTier):
-        yield from _effective_valkey(tier, given)
+    if isinstance(tier, ValkeyTier | MooncakeTier):
+        yield from _effective_shared(tier, given)
         return
     if isinstance(tier, SsdTier):
         yield _line("    path", _quote(tier.path), given=True)
@@ -125,7 +125,7 @@ def _effective_tier(config: Config, tier: HostTier | SsdTier | ValkeyTier, given
     yield _line("    eviction", config.eviction_of(tier), given=own, otherwise="as for every tier")
 
 
-def _effective_valkey(tier: ValkeyTier, given: Mapping[str, Any]) -> Iterator[str]:
+def _effective_shared(tier: ValkeyTier | MooncakeTier, given: Mapping[str, Any]) -> Iterator[str]:
     """All keys that have a value; a password in the URL is not shown."""
     from sgl_lmcache.config import without_password
 

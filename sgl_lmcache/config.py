@@ -44,11 +44,14 @@ WRITES: tuple[str, ...] = get_args(Write)
 
 PrefetchPolicy = Literal["auto", "wait", "best_effort"]
 
-LATER_TIERS = ("mooncake",)
-"""Tiers that later versions have; named so that asking for one is answered plainly."""
-
 MAX_CONNECTIONS = 64
-"""Of one rank to a Valkey tier: each is a thread."""
+"""Of one rank to a Valkey tier, or calls to a Mooncake Store at once: each is a thread."""
+
+P2P_HANDSHAKE = "P2PHANDSHAKE"
+"""Mooncake's name for no metadata server: nodes ask each other."""
+
+MASTER_PORT = 50051
+"""Where a `mooncake_master` listens that nobody has told otherwise."""
 
 _BINARY_UNITS = {"TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 _SIZE_UNITS = {**_BINARY_UNITS, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
@@ -70,6 +73,10 @@ class Nbytes(int):
             if self % factor == 0:
                 return f"{self // factor}{unit}"
         return f"{int(self)}B"
+
+
+class NbytesOrNone(Nbytes):
+    """A size in bytes that may be 0."""
 
 
 class Seconds(float):
@@ -126,7 +133,39 @@ class ValkeyTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
         return f"ValkeyTier({without_password(self.url)!r})"
 
 
-LowerTier = SsdTier | ValkeyTier
+class MooncakeTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="mooncake"):
+    """A pool of memory that many nodes make up, Mooncake Store, for all servers that name the same `master`.
+
+    `master`: `host[:port]`, or `etcd://host:port[;host:port...]` for masters of which one leads. `metadata`: where nodes
+    find each other, `P2PHANDSHAKE` (they ask each other), `http://host:port/metadata` or `etcd://host:port`. `address`:
+    of this node, as the others reach it; None: that from which the master is reached. `protocol` and `devices` are the
+    transfer engine's words for how bytes move, and by which network cards. `segment`: what this server adds to the
+    pool, divided over its local ranks. `replicas`: copies of a page, on as many nodes. `soft_pin`: so long a page is
+    evicted after those that are not pinned. `connections`: calls of a rank at once. `timeout`: for another node or the
+    master to answer.
+
+    `lease`, `eviction_high_watermark_ratio` and `eviction_ratio` are what a master started by `sgl-lmcache
+    mooncake-master` does for all its nodes: so long it evicts no page that somebody has looked up; above this share of
+    the pool it evicts; so much of it at a time.
+    """
+
+    master: str
+    metadata: str = P2P_HANDSHAKE
+    address: str | None = None
+    protocol: str = "tcp"
+    devices: str = ""
+    segment: NbytesOrNone = NbytesOrNone(4 << 30)
+    replicas: int = 1
+    soft_pin: Seconds | None = None
+    write: Write = "through"
+    connections: int = 4
+    timeout: Seconds = Seconds(2.0)
+    lease: Seconds = Seconds(10.0)
+    eviction_high_watermark_ratio: float = 0.9
+    eviction_ratio: float = 0.05
+
+
+LowerTier = SsdTier | ValkeyTier | MooncakeTier
 """A tier below host memory."""
 
 
@@ -159,6 +198,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def valkey(self) -> ValkeyTier | None:
         """None: there is none."""
         return next((tier for tier in self.tiers if isinstance(tier, ValkeyTier)), None)
+
+    @property
+    def mooncake(self) -> MooncakeTier | None:
+        """None: there is none."""
+        return next((tier for tier in self.tiers if isinstance(tier, MooncakeTier)), None)
 
     @property
     def ssd(self) -> SsdTier | None:
@@ -277,8 +321,6 @@ def _tier_of(value: Mapping[Any, Any], tiers: Sequence[inspect.StructType], key:
     if tag_field not in value:
         raise _KeyedError(key, f"does not say which tier it is; give it a {tag_field} ({available})")
     named = value[tag_field]
-    if isinstance(named, str) and named in LATER_TIERS:
-        raise _KeyedError(_join(key, tag_field), f"is {named}, which is not available in this version; {available}")
     if not isinstance(named, str) or named not in by_name:
         raise _KeyedError(_join(key, tag_field), f"is {_quote(named)}, which is not a tier; {available}")
     return by_name[named]
@@ -305,13 +347,19 @@ def _convert(tree: Any) -> Config:
 _MSGSPEC_ERROR = re.compile(r"(.*?)(?: - at `\$\.?([^`]*)`)?", re.DOTALL)
 """What is wrong, and the key at which it is, if that is not the whole file."""
 
-_EXAMPLES = {"path": "/var/lib/sgl-lmcache", "capacity": "200GiB", "url": "valkey://127.0.0.1:6379/0"}
+_EXAMPLES = {
+    "path": "/var/lib/sgl-lmcache",
+    "capacity": "200GiB",
+    "url": "valkey://127.0.0.1:6379/0",
+    "master": "10.0.0.1:50051",
+}
 """Values of the keys that have no default."""
 
 _INSTEAD_OF_A_SECOND: Mapping[type, str] = {
     HostTier: "add its capacity to tiers[0] and remove it",
     SsdTier: "remove it, or put both disks into one file system",
     ValkeyTier: "remove it, or make both servers nodes of a cluster",
+    MooncakeTier: "remove it, or add its segment to the other's",
 }
 """What would be right, for each kind of tier: there is one of each."""
 
@@ -343,6 +391,8 @@ def _check_tiers(config: Config) -> None:
             )
         if isinstance(tier, ValkeyTier):
             _check_valkey(tier, f"tiers[{position}]")
+        if isinstance(tier, MooncakeTier):
+            _check_mooncake(tier, f"tiers[{position}]")
     if not config.namespace:
         raise _KeyedError("namespace", "is empty; give it a name or leave the key out")
 
@@ -380,10 +430,56 @@ def _check_valkey(tier: ValkeyTier, key: str) -> None:
         raise _KeyedError(f"{key}.{files[0]}", "is for TLS, and url begins with valkey://; write valkeys:// there")
     if (tier.cert_file is None) != (tier.key_file is None):
         raise _KeyedError(key, "has one of cert_file and key_file; a certificate needs its key, so give both or none")
-    if not 1 <= tier.connections <= MAX_CONNECTIONS:
-        raise _KeyedError(f"{key}.connections", f"is {tier.connections}, which is not from 1 to {MAX_CONNECTIONS}")
+    _check_connections(tier.connections, key)
     if tier.ttl < 1:
         raise _KeyedError(f"{key}.ttl", f"is {tier.ttl}, and a store counts whole seconds; give at least 1s")
+
+
+def _check_connections(connections: int, key: str) -> None:
+    if not 1 <= connections <= MAX_CONNECTIONS:
+        raise _KeyedError(f"{key}.connections", f"is {connections}, which is not from 1 to {MAX_CONNECTIONS}")
+
+
+def _check_mooncake(tier: MooncakeTier, key: str) -> None:
+    if not _HA_MASTER.fullmatch(tier.master) and split_address(tier.master, MASTER_PORT) is None:
+        raise _KeyedError(
+            f"{key}.master",
+            f"is {_quote(tier.master)}, which is not a master; write host:port, or etcd://host:port;host:port for "
+            "masters of which one leads",
+        )
+    if tier.metadata != P2P_HANDSHAKE and not _METADATA.fullmatch(tier.metadata):
+        raise _KeyedError(
+            f"{key}.metadata",
+            f"is {_quote(tier.metadata)}, where nodes cannot find each other; write {P2P_HANDSHAKE}, "
+            "http://host:port/metadata or etcd://host:port",
+        )
+    if tier.address is not None and not re.fullmatch(r"[^\s:/]+", tier.address):
+        raise _KeyedError(
+            f"{key}.address",
+            f"is {_quote(tier.address)}, which is not a name or an IPv4 address; write it without scheme and port",
+        )
+    if not re.fullmatch(r"[a-z_]+", tier.protocol):
+        raise _KeyedError(f"{key}.protocol", f"is {_quote(tier.protocol)}, which is not a protocol; write tcp or rdma")
+    _check_connections(tier.connections, key)
+    if tier.replicas < 1:
+        raise _KeyedError(f"{key}.replicas", f"is {tier.replicas}, and a page needs one copy at least; write 1")
+    for name in ("eviction_high_watermark_ratio", "eviction_ratio"):
+        if not 0 < getattr(tier, name) <= 1:
+            raise _KeyedError(f"{key}.{name}", f"is {getattr(tier, name)}, which is not above 0 and up to 1")
+
+
+_HOST_PORT = r"[^\s:/;,]+:[0-9]{1,5}"
+_HA_MASTER = re.compile(rf"etcd://{_HOST_PORT}(;{_HOST_PORT})*")
+_METADATA = re.compile(rf"(http://{_HOST_PORT}/\S+|etcd://{_HOST_PORT}(;{_HOST_PORT})*)")
+
+
+def split_address(address: str, default_port: int) -> tuple[str, int] | None:
+    """Host and port of `host[:port]`. None: it is not one."""
+    matched = re.fullmatch(r"([^\s:/;,]+)(?::([0-9]{1,5}))?", address)
+    if matched is None:
+        return None
+    port = int(matched[2] or default_port)
+    return (matched[1], port) if 0 < port < 65536 else None
 
 
 def without_password(url: str) -> str:
@@ -399,22 +495,24 @@ def without_password(url: str) -> str:
 
 
 def _decode(kind: type, value: Any) -> Any:
-    if kind is Nbytes:
-        return _decode_nbytes(value)
+    if issubclass(kind, Nbytes):
+        return kind(_decode_nbytes(value, least=0 if kind is NbytesOrNone else 1))
     assert kind is Seconds, kind
     return _decode_seconds(value)
 
 
-def _decode_nbytes(value: Any) -> Nbytes:
+def _decode_nbytes(value: Any, least: int) -> int:
     example = "write a whole number of bytes or a size such as 8GiB, 512MiB or 1.5GiB"
     if isinstance(value, str):
         number, unit = _split_quantity(value, _SIZE_UNITS, example)
         value = int(Decimal(number) * _SIZE_UNITS[unit])
     elif isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"is {_quote(value)}, which is not a size; {example}")
-    if value < 1:
+    if value < least:
+        if least == 0:
+            raise ValueError("is below 0; write a size such as 8GiB, or 0 for none")
         raise ValueError("is not above 0; write a size such as 8GiB (the host tier's may be left out)")
-    return Nbytes(value)
+    return int(value)
 
 
 def _decode_seconds(value: Any) -> Seconds:

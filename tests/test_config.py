@@ -19,12 +19,12 @@ from hicache import WRITE_POLICIES
 from radix import POLICIES
 from sgl_lmcache.config import (
     EVICTIONS,
-    LATER_TIERS,
     VARIABLE,
     WRITES,
     Config,
     ConfigError,
     HostTier,
+    MooncakeTier,
     Nbytes,
     Seconds,
     SsdTier,
@@ -269,22 +269,6 @@ def test_a_wrong_key_or_value_is_refused_by_name(tmp_path: Path, text: str, key:
     assert "secret" not in message
 
 
-@pytest.mark.parametrize("tier", LATER_TIERS)
-@pytest.mark.parametrize(
-    ("text", "position"),
-    [
-        ("tiers: [{{type: {0}}}]", 0),
-        ("tiers: [{{type: {0}, path: /x, url: y}}, {{type: host}}]", 0),
-        ("tiers: [{{type: host}}, {{type: {0}, path: /x, url: y}}]", 1),
-    ],
-)
-def test_a_tier_of_a_later_version_is_refused_plainly(tmp_path: Path, tier: str, text: str, position: int) -> None:
-    assert refusal(tmp_path, text.format(tier)) == (
-        f"tiers.yaml: tiers[{position}].type is {tier}, which is not available in this version; "
-        "available: host, ssd, valkey."
-    )
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -384,7 +368,7 @@ def test_the_page_documents_every_key_and_no_other(section: str, struct: type, p
 
 def test_every_kind_of_tier_has_a_section_of_keys() -> None:
     kinds = get_args(get_args(get_type_hints(Config)["tiers"])[0])
-    assert set(kinds) == {HostTier, SsdTier, ValkeyTier}
+    assert set(kinds) == {HostTier, SsdTier, ValkeyTier, MooncakeTier}
 
 
 def test_the_examples_of_the_page_load(tmp_path: Path) -> None:
