@@ -1,7 +1,8 @@
 """The command `sgl-lmcache`. Exit codes: 0 all is well, 1 something was found or failed, 2 the command line is wrong.
 
 Each command imports what it needs when it runs, and none of them imports SGLang or torch into this process (`serve`
-becomes SGLang's): `--help`, `--version` and `config` answer at once. What is done to an SSD tier is in `ssd_cli`.
+becomes SGLang's, `mooncake-master` Mooncake's): `--help`, `--version` and `config` answer at once. What is done to an
+SSD tier is in `ssd_cli`.
 """
 
 from __future__ import annotations
@@ -55,6 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("--check", type=Path, metavar="FILE", help="only check this file instead of the one in use")
     config.set_defaults(run=_config)
 
+    master = commands.add_parser("mooncake-master", help="start the master of the Mooncake tier that is configured")
+    master.add_argument("--config", type=Path, metavar="FILE", help="the configuration (default: the one in use)")
+    master.add_argument(
+        "--address",
+        metavar="HOST[:PORT]",
+        help="listen there, and not on every address of this machine; needed where masters take turns (etcd)",
+    )
+    master.add_argument("--metrics-port", type=_port, default=None, help="for metrics over HTTP (default 9003)")
+    master.add_argument("--print", action="store_true", help="print the command, and do not run it")
+    master.set_defaults(run=_mooncake_master)
+
     ssd_cli.add_commands(commands)
     return parser
 
@@ -74,6 +86,13 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         print_findings(findings)
     return int(any(finding.level is Level.FAIL for finding in findings))
+
+
+def _mooncake_master(options: argparse.Namespace) -> int:
+    from sgl_lmcache.mooncake_master import METRICS_PORT, run
+
+    port = options.metrics_port or METRICS_PORT
+    return run(options.config, address=options.address, metrics_port=port, print_only=options.print)
 
 
 def _config(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from sgl_lmcache import __version__, cli, doctor, serve
-from sgl_lmcache.config import VARIABLE, Config, HostTier, SsdTier, ValkeyTier, load, parse
+from sgl_lmcache.config import VARIABLE, Config, HostTier, LowerTier, SsdTier, load, parse
 from sgl_lmcache.doctor import Finding, Level
 
 
@@ -56,7 +56,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert left.value.code == 0
     output = capsys.readouterr().out
-    assert all(command in output for command in ("serve", "doctor", "config"))
+    assert all(command in output for command in ("serve", "doctor", "config", "mooncake-master", "ssd"))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ["doctor", "--port", "0"],
         ["doctor", "--port", "65536"],
         ["config", "--check"],
+        ["mooncake-master", "--metrics-port", "0"],
+        ["mooncake-master", "tiers.yaml"],
     ],
 )
 def test_a_wrong_command_line_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +156,15 @@ def test_each_value_says_where_it_is_from(
                 {"type": "valkey", "url": "valkeys://[::1]:1", "cluster": True, "ca_file": "/: #"},
             ]
         },
+        {
+            "tiers": [
+                {"type": "host"},
+                {
+                    **{"type": "mooncake", "master": "etcd://a:1;b:2", "metadata": "http://a:1/#", "devices": "a,b: #"},
+                    **{"segment": 0, "soft_pin": 0.5, "replicas": 2, "eviction_ratio": 1, "lease": "1ms"},
+                },
+            ]
+        },
     ],
 )
 def test_what_is_printed_means_the_same_as_the_file(
@@ -170,8 +181,10 @@ def test_what_is_printed_means_the_same_as_the_file(
     ]
 
 
-def _resolved(config: Config, tier: HostTier | SsdTier | ValkeyTier) -> HostTier | SsdTier | ValkeyTier:
-    return tier if isinstance(tier, ValkeyTier) else msgspec.structs.replace(tier, eviction=config.eviction_of(tier))
+def _resolved(config: Config, tier: HostTier | LowerTier) -> HostTier | LowerTier:
+    if not isinstance(tier, HostTier | SsdTier):
+        return tier
+    return msgspec.structs.replace(tier, eviction=config.eviction_of(tier))
 
 
 @pytest.mark.parametrize(("level", "code"), [(Level.OK, 0), (Level.WARN, 0), (Level.FAIL, 1)])
@@ -219,3 +232,22 @@ def test_a_valkey_tier_is_printed_without_its_password(
         **{"type": "valkey", "url": "valkey://u:***@kv:1", "cluster": False, "ttl": "3600s", "write": "through"},
         **{"connections": 4, "connect_timeout": "1s", "timeout": "2s"},
     }
+
+
+def test_every_key_of_a_mooncake_tier_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(
+        tmp_path, "tiers: [{type: host, capacity: 1GiB}, {type: mooncake, master: 'kv:1', soft_pin: 1h, segment: 0}]"
+    )
+    monkeypatch.setenv(VARIABLE, str(path))
+    assert cli.main(["config"]) == 0
+    output = capsys.readouterr().out
+    assert yaml.safe_load(output)["tiers"][1] == {
+        **{"type": "mooncake", "master": "kv:1", "metadata": "P2PHANDSHAKE", "protocol": "tcp", "devices": ""},
+        **{"segment": "0TiB", "replicas": 1, "soft_pin": "3600s", "write": "through", "connections": 4},
+        **{"timeout": "2s", "lease": "10s", "eviction_high_watermark_ratio": 0.9, "eviction_ratio": 0.05},
+    }
+    notes = {line.partition(":")[0].strip(" -"): line.partition("#")[2].strip() for line in output.splitlines()}
+    assert notes["soft_pin"] == "from the file"
+    assert notes["replicas"] == "default"

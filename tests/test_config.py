@@ -26,6 +26,7 @@ from sgl_lmcache.config import (
     HostTier,
     MooncakeTier,
     Nbytes,
+    NbytesOrNone,
     Seconds,
     SsdTier,
     ValkeyTier,
@@ -65,6 +66,13 @@ def ssd(**keys: Any) -> SsdTier:
     return tier
 
 
+def mooncake(**keys: Any) -> MooncakeTier:
+    below = {"type": "mooncake", "master": "10.0.0.1", **keys}
+    tier = parse({"tiers": [{"type": "host"}, below]}, source="test").mooncake
+    assert tier is not None
+    return tier
+
+
 def test_no_file_means_defaults() -> None:
     assert load(None) == from_environment({}) == from_environment({VARIABLE: ""}) == Config()
     assert Config().host.capacity is None
@@ -96,6 +104,52 @@ def test_every_key(tmp_path: Path) -> None:
 
 def test_an_ssd_tier_needs_its_path_and_its_capacity_only() -> None:
     assert ssd(path="/x", capacity=2**30) == SsdTier("/x", Nbytes(2**30), "through", None)
+
+
+def test_a_mooncake_tier_needs_its_master_only() -> None:
+    assert mooncake() == MooncakeTier("10.0.0.1")
+    assert Config().mooncake is None
+
+
+def test_every_key_of_a_mooncake_tier() -> None:
+    assert mooncake(
+        master="etcd://10.0.0.1:2379;10.0.0.2:2379",
+        metadata="etcd://10.0.0.1:2379",
+        address="node-1.example",
+        protocol="rdma",
+        devices="mlx5_0,mlx5_1",
+        segment="64GiB",
+        replicas=2,
+        soft_pin="30m",
+        write="selective",
+        connections=8,
+        timeout="500ms",
+        lease="20s",
+        eviction_high_watermark_ratio=0.8,
+        eviction_ratio=0.1,
+    ) == MooncakeTier(
+        *("etcd://10.0.0.1:2379;10.0.0.2:2379", "etcd://10.0.0.1:2379", "node-1.example", "rdma", "mlx5_0,mlx5_1"),
+        *(NbytesOrNone(64 << 30), 2, Seconds(1800.0), "selective", 8, Seconds(0.5), Seconds(20.0), 0.8, 0.1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("master", form) for form in ("kv", "kv:1", "10.0.0.1:65535", "etcd://kv:1", "etcd://a:1;b:2;c:3")),
+        *(("metadata", form) for form in ("P2PHANDSHAKE", "http://kv:1/metadata", "etcd://a:1", "etcd://a:1;b:2")),
+        *(("segment", form) for form in (0, "0GiB", 1, "1.5TiB")),
+        *(("connections", number) for number in (1, 64)),
+        *(("eviction_ratio", ratio) for ratio in (1, 0.001)),
+    ],
+)
+def test_forms_of_the_keys_of_a_mooncake_tier(key: str, value: object) -> None:
+    assert getattr(mooncake(**{key: value}), key) == (mooncake(segment=value).segment if key == "segment" else value)
+
+
+def test_a_segment_of_nothing_is_a_size() -> None:
+    assert mooncake(segment=0).segment == 0
+    assert mooncake(segment=str(mooncake(segment=0).segment)).segment == 0
 
 
 @pytest.mark.parametrize("tier", [HostTier(), SsdTier("/x", Nbytes(1))])
@@ -177,12 +231,12 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         ("tiers:", "tiers", "a list is expected"),
         ("tiers: []", "tiers", "- {type: host}"),
         ("tiers: [host]", "tiers[0]", "a mapping is expected"),
-        ("tiers: [{capacity: 8GiB}]", "tiers[0]", "available: host, ssd, valkey"),
-        ("tiers: [{type: disk}]", "tiers[0].type", "available: host, ssd, valkey"),
-        ("tiers: [{type: [host]}]", "tiers[0].type", "available: host, ssd, valkey"),
+        ("tiers: [{capacity: 8GiB}]", "tiers[0]", "available: host, ssd, valkey, mooncake"),
+        ("tiers: [{type: disk}]", "tiers[0].type", "available: host, ssd, valkey, mooncake"),
+        ("tiers: [{type: [host]}]", "tiers[0].type", "available: host, ssd, valkey, mooncake"),
         ("tiers: [{type: host}, {type: host}]", "tiers[1]", "add its capacity to tiers[0]"),
         ("tiers: [{type: ssd, path: /x, capacity: 1GiB}]", "tiers[0]", "put `- {type: host}` before it"),
-        ("tiers: [{type: host}, {path: /x, capacity: 1GiB}]", "tiers[1]", "available: host, ssd, valkey"),
+        ("tiers: [{type: host}, {path: /x, capacity: 1GiB}]", "tiers[1]", "available: host, ssd, valkey, mooncake"),
         ("tiers: [{type: host}, {type: ssd, capacity: 1GiB}]", "tiers[1]", "such as /var/lib/sgl-lmcache"),
         ("tiers: [{type: host}, {type: ssd, path: /x}]", "tiers[1]", "such as 200GiB"),
         ("tiers: [{type: host}, {type: ssd, paht: /x, capacity: 1GiB}]", "tiers[1].paht", "did you mean path?"),
@@ -236,6 +290,63 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         (
             "tiers: [{type: host}, {type: valkey, url: 'valkey://a'}, {type: valkey, url: 'valkey://b'}]",
             *("tiers[2]", "nodes of a cluster"),
+        ),
+        ("tiers: [{type: mooncake, master: kv}]", "tiers[0]", "put `- {type: host}` before it"),
+        ("tiers: [{type: host}, {type: mooncake}]", "tiers[1]", "has no master, which has no default"),
+        ("tiers: [{type: host}, {type: mooncake}]", "tiers[1]", "such as 10.0.0.1:50051"),
+        ("tiers: [{type: host}, {type: mooncake, master: 7}]", "tiers[1].master", "put it in quotes"),
+        ("tiers: [{type: host}, {type: mooncake, mastr: a}]", "tiers[1].mastr", "did you mean master?"),
+        *(
+            (f"tiers: [{{type: host}}, {{type: mooncake, master: '{master}'}}]", "tiers[1].master", "is not a master")
+            for master in ("", "a b", "a:b", "a:0", "a:65536", "a:1:2", "http://a:1", "etcd://", "etcd://a", "a:1;b:2")
+        ),
+        ("tiers: [{type: host}, {type: mooncake, master: 'etcd://a:1;'}]", "tiers[1].master", "etcd://host:port;host"),
+        *(
+            (
+                f"tiers: [{{type: host}}, {{type: mooncake, master: a, metadata: '{metadata}'}}]",
+                *("tiers[1].metadata", "write P2PHANDSHAKE, http://host:port/metadata or etcd://host:port"),
+            )
+            for metadata in ("", "p2phandshake", "a:1", "http://a/metadata", "http://a:1", "etcd://a", "redis://a:1")
+        ),
+        *(
+            (
+                f"tiers: [{{type: host}}, {{type: mooncake, master: a, address: '{address}'}}]",
+                *("tiers[1].address", "without scheme and port"),
+            )
+            for address in ("", "a:1", "tcp://a", "fd00::1", "a b")
+        ),
+        (
+            "tiers: [{type: host}, {type: mooncake, master: a, protocol: RDMA}]",
+            *("tiers[1].protocol", "write tcp or rdma"),
+        ),
+        ("tiers: [{type: host}, {type: mooncake, master: a, devices: [b]}]", "tiers[1].devices", "text is expected"),
+        ("tiers: [{type: host}, {type: mooncake, master: a, segment: -1}]", "tiers[1].segment", "or 0 for none"),
+        ("tiers: [{type: host}, {type: mooncake, master: a, segment: 4G}]", "tiers[1].segment", "mean 4GiB?"),
+        ("tiers: [{type: host}, {type: mooncake, master: a, replicas: 0}]", "tiers[1].replicas", "write 1"),
+        ("tiers: [{type: host}, {type: mooncake, master: a, replicas: 1.5}]", "tiers[1].replicas", "a whole number"),
+        ("tiers: [{type: host}, {type: mooncake, master: a, soft_pin: 0}]", "tiers[1].soft_pin", "not above 0"),
+        ("tiers: [{type: host}, {type: mooncake, master: a, write: never}]", "tiers[1].write", "possible: back"),
+        *(
+            (
+                f"tiers: [{{type: host}}, {{type: mooncake, master: a, connections: {connections}}}]",
+                *("tiers[1].connections", "from 1 to 64"),
+            )
+            for connections in (0, 65)
+        ),
+        ("tiers: [{type: host}, {type: mooncake, master: a, timeout: 2 sec}]", "tiers[1].timeout", "500ms"),
+        ("tiers: [{type: host}, {type: mooncake, master: a, lease: 0s}]", "tiers[1].lease", "not above 0"),
+        *(
+            (
+                f"tiers: [{{type: host}}, {{type: mooncake, master: a, {key}: {ratio}}}]",
+                *(f"tiers[1].{key}", "which is not above 0 and up to 1"),
+            )
+            for key in ("eviction_high_watermark_ratio", "eviction_ratio")
+            for ratio in (0, -0.5, 1.01, ".nan")
+        ),
+        ("tiers: [{type: host}, {type: mooncake, master: a, eviction_ratio: 5%}]", "tiers[1].eviction_ratio", "number"),
+        (
+            "tiers: [{type: host}, {type: mooncake, master: a}, {type: mooncake, master: b}]",
+            *("tiers[2]", "add its segment to the other's"),
         ),
         ("tiers: [{type: host, capacity: 0}]", "tiers[0].capacity", "above 0"),
         ("tiers: [{type: host, capacity: -8}]", "tiers[0].capacity", "above 0"),
@@ -311,7 +422,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
         | st.integers()
         | st.floats()
         | st.text(max_size=5)
-        | st.sampled_from(["host", "ssd", "lru", "8GiB", "/x"]),
+        | st.sampled_from(["host", "ssd", "mooncake", "lru", "8GiB", "/x"]),
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
@@ -319,6 +430,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
                     [
                         *("namespace", "tiers", "eviction", "prefetch"),
                         *("type", "capacity", "path", "write", "policy", "timeout", "url", "ttl", "x"),
+                        *("master", "segment", "replicas", "lease", "eviction_ratio"),
                     ]
                 ),
                 inner,
@@ -360,6 +472,7 @@ def keys_in(section: str) -> list[str]:
         ("Keys of the host tier", HostTier, "tiers[]."),
         ("Keys of the SSD tier", SsdTier, "tiers[]."),
         ("Keys of the Valkey tier", ValkeyTier, "tiers[]."),
+        ("Keys of the Mooncake tier", MooncakeTier, "tiers[]."),
     ],
 )
 def test_the_page_documents_every_key_and_no_other(section: str, struct: type, prefix: str) -> None:
