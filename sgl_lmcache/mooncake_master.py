@@ -20,6 +20,9 @@ PROGRAM = "mooncake_master"
 METRICS_PORT = 9003
 """Where a master answers over HTTP: `/metrics`, `/health`."""
 
+_MAX_SOFT_PIN = Seconds(86400.0)
+"""A master that is told nothing refuses to store what is to be pinned for longer."""
+
 _ETCD = "etcd://"
 _HTTP = "http://"
 
@@ -63,6 +66,8 @@ def flags(tier: MooncakeTier, *, address: str | None = None, metrics_port: int =
         f"--eviction_high_watermark_ratio={tier.eviction_high_watermark_ratio}",
         f"--eviction_ratio={tier.eviction_ratio}",
     ]
+    if tier.soft_pin is not None and tier.soft_pin > _MAX_SOFT_PIN:
+        evicts.append(f"--max_kv_soft_pin_ttl={_milliseconds(tier.soft_pin)}")
     return [*listens_at, *_metadata(tier, host), *_availability(tier), *evicts, "--logtostderr=true"]
 
 

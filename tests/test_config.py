@@ -128,8 +128,20 @@ def test_every_key_of_a_mooncake_tier() -> None:
         eviction_high_watermark_ratio=0.8,
         eviction_ratio=0.1,
     ) == MooncakeTier(
-        *("etcd://10.0.0.1:2379;10.0.0.2:2379", "etcd://10.0.0.1:2379", "node-1.example", "rdma", "mlx5_0,mlx5_1"),
-        *(NbytesOrNone(64 << 30), 2, Seconds(1800.0), "selective", 8, Seconds(0.5), Seconds(20.0), 0.8, 0.1),
+        master="etcd://10.0.0.1:2379;10.0.0.2:2379",
+        metadata="etcd://10.0.0.1:2379",
+        address="node-1.example",
+        protocol="rdma",
+        devices="mlx5_0,mlx5_1",
+        segment=NbytesOrNone(64 << 30),
+        replicas=2,
+        soft_pin=Seconds(1800.0),
+        write="selective",
+        connections=8,
+        timeout=Seconds(0.5),
+        lease=Seconds(20.0),
+        eviction_high_watermark_ratio=0.8,
+        eviction_ratio=0.1,
     )
 
 

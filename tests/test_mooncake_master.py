@@ -82,6 +82,8 @@ def test_what_the_master_does_for_all_comes_from_the_configuration() -> None:
     given = flags(lease="1.5s", eviction_high_watermark_ratio=0.75, eviction_ratio=1)
     assert given["default_kv_lease_ttl"] == "1500"
     assert (given["eviction_high_watermark_ratio"], given["eviction_ratio"]) == ("0.75", "1.0")
+    assert "max_kv_soft_pin_ttl" not in flags(soft_pin="1d")
+    assert flags(soft_pin="7d")["max_kv_soft_pin_ttl"] == "604800000", "a master's own limit is a day"
     assert flags(lease="0.1ms")["default_kv_lease_ttl"] == "1", "0 would be no lease"
 
 
@@ -110,7 +112,7 @@ def test_an_address_that_cannot_be_is_refused(master: str, address: str | None, 
 
 def test_the_program_knows_every_flag() -> None:
     known = subprocess.run([mooncake_master.find_program(), "--help"], capture_output=True, text=True, check=False)
-    for given in (flags(), flags("a", master=HA, metadata="http://a:1/metadata")):
+    for given in (flags(soft_pin="7d"), flags("a", master=HA, metadata="http://a:1/metadata")):
         for flag in given:
             assert f"    -{flag} (" in known.stdout, flag
 
