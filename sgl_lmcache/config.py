@@ -47,6 +47,9 @@ PrefetchPolicy = Literal["auto", "wait", "best_effort"]
 MAX_CONNECTIONS = 64
 """Of one rank to a Valkey tier, or calls to a Mooncake Store at once: each is a thread."""
 
+MAX_NODE_TIMEOUT_S = 10.0
+"""For a node of a Mooncake Store: some time-outs in a row have to end before Mooncake gives a call up."""
+
 P2P_HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's name for no metadata server: nodes ask each other."""
 
@@ -136,13 +139,13 @@ class ValkeyTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
 class MooncakeTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="mooncake"):
     """A pool of memory that many nodes make up, Mooncake Store, for all servers that name the same `master`.
 
-    `master`: `host[:port]`, or `etcd://host:port[;host:port...]` for masters of which one leads. `metadata`: where nodes
-    find each other, `P2PHANDSHAKE` (they ask each other), `http://host:port/metadata` or `etcd://host:port`. `address`:
-    of this node, as the others reach it; None: that from which the master is reached. `protocol` and `devices` are the
-    transfer engine's words for how bytes move, and by which network cards. `segment`: what this server adds to the
-    pool, divided over its local ranks. `replicas`: copies of a page, on as many nodes. `soft_pin`: so long a page is
-    evicted after those that are not pinned. `connections`: calls of a rank at once. `timeout`: for another node or the
-    master to answer.
+    `master`: `host[:port]`, or `etcd://host:port[;host:port...]` for masters of which one leads. `metadata`: where
+    nodes find each other, `P2PHANDSHAKE` (they ask each other), `http://host:port/metadata` or `etcd://host:port`.
+    `address`: of this node, as the others reach it; None: that from which the master is reached. `protocol` and
+    `devices` are the transfer engine's words for how bytes move, and by which network cards. `segment`: what this
+    server adds to the pool, divided over its local ranks. `replicas`: copies of a page, on as many nodes. `soft_pin`:
+    so long a page is evicted after those that are not pinned. `connections`: calls of a rank at once. `timeout`: for
+    another node or the master to answer.
 
     `lease`, `eviction_high_watermark_ratio` and `eviction_ratio` are what a master started by `sgl-lmcache
     mooncake-master` does for all its nodes: so long it evicts no page that somebody has looked up; above this share of
@@ -461,6 +464,11 @@ def _check_mooncake(tier: MooncakeTier, key: str) -> None:
     if not re.fullmatch(r"[a-z_]+", tier.protocol):
         raise _KeyedError(f"{key}.protocol", f"is {_quote(tier.protocol)}, which is not a protocol; write tcp or rdma")
     _check_connections(tier.connections, key)
+    if tier.timeout > MAX_NODE_TIMEOUT_S:
+        raise _KeyedError(
+            f"{key}.timeout",
+            f"is {tier.timeout}, and a node that is silent for so long holds everybody up; give at most 10s",
+        )
     if tier.replicas < 1:
         raise _KeyedError(f"{key}.replicas", f"is {tier.replicas}, and a page needs one copy at least; write 1")
     for name in ("eviction_high_watermark_ratio", "eviction_ratio"):

@@ -122,13 +122,14 @@ def _n_slots(config: Config, layout: PageLayout, pool: DevicePool) -> int:
     """How many slots this rank would take: its share of the server's host memory on this node."""
     parallel = get_parallel()
     n_local_ranks = _n_local_ranks()
-    # A pool in ordinary memory is touched page by page as it fills, so what it will take is still counted as free.
+    # A pool in ordinary memory, or a segment, is touched page by page as it fills, so it is still counted as free.
     reserved = sum(buffer.nbytes for buffer in (*pool.k, *pool.v)) if pool.k[0].device.type == "cpu" else 0
+    reserved = reserved * n_local_ranks + (config.mooncake.segment if config.mooncake is not None else 0)
     capacity = host_capacity(
         config,
         n_local_ranks=n_local_ranks,
         n_replicas=parallel.dp_size,
-        reserved_nbytes=reserved * n_local_ranks // parallel.dp_size,
+        reserved_nbytes=reserved // parallel.dp_size,
     )
     n_slots = capacity // layout.slot_nbytes
     if n_slots < 1:
@@ -148,7 +149,7 @@ def _n_local_ranks() -> int:
 def _tier_openers(ctx: TreeCacheBuildContext, config: Config, layout: PageLayout, slab: Slab) -> tuple[TierOpener, ...]:
     parallel, n_local_ranks = get_parallel(), _n_local_ranks()
     rank = (parallel.dp_rank or 0) * parallel.tp_size + ctx.tp_rank
-    return tier_openers(config, Place(rank % n_local_ranks, n_local_ranks, slab.array, layout.page_nbytes))
+    return tier_openers(config, Place(rank % n_local_ranks, n_local_ranks, slab.array, slab.fd, layout.page_nbytes))
 
 
 def _agree_on_start(ranks: Ranks, n_slots: int) -> tuple[int, str]:

@@ -5,7 +5,8 @@ than the process's own cgroup and each group above it may still grow. The slab i
 start, and inside a cgroup asking for too much ends in a SIGKILL instead of an error: so this is asked before.
 
 Memory that somebody will touch later is still counted as free. On a CPU SGLang's KV pool is such memory: it is mapped
-at the start and filled as requests come. The caller knows its size and passes it as `reserved_nbytes`.
+at the start and filled as requests come; and so is the segment of a Mooncake tier. The caller knows their size and
+passes it as `reserved_nbytes`.
 
 All reading is done by `read_memory`, below a root folder that tests replace; the rest is arithmetic on its result.
 """
@@ -117,7 +118,7 @@ def _describe_free(memory: Memory, reserved_nbytes: int) -> str:
     free = f"{format_nbytes(memory.available_nbytes)} is free by {memory.limited_by}"
     if reserved_nbytes == 0:
         return free
-    return f"{free}, of which the KV pool will still take {format_nbytes(reserved_nbytes)}"
+    return f"{free}, of which the KV pool and a mooncake segment will still take {format_nbytes(reserved_nbytes)}"
 
 
 def _read_meminfo(path: Path) -> tuple[int, int]:

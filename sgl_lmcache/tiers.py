@@ -18,13 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hicache import Tier
+from hicache.mooncake import Geometry, MooncakeTier, ProcessError, UnusableError
 from hicache.ssd import SsdTier, StoreError
 from hicache.valkey import CertificateError, ClientMissingError, ValkeyTier
 from sgl_lmcache.config import Config, LowerTier
+from sgl_lmcache.config import MooncakeTier as MooncakeConfig
 from sgl_lmcache.config import SsdTier as SsdConfig
 from sgl_lmcache.config import ValkeyTier as ValkeyConfig
 from sgl_lmcache.errors import RefusedError, StartError
 from sgl_lmcache.late_tier import LateTier
+from sgl_lmcache.mooncake import explain_unusable, pool_of
 from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.valkey import endpoint_of, warn_of_plain_text
 
@@ -43,12 +46,14 @@ class TierOpener:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One rank's place on its node. `slab`: uint8[n_slots, slot_nbytes]; a page is the head of a slot."""
+    """One rank's place on its node. `slab`: uint8[n_slots, slot_nbytes]; a page is the head of a slot. `slab_fd`: the
+    memfd that it is mapped from."""
 
     rank: int
     n_ranks: int
     """Of the server on this node, data-parallel replicas included."""
     slab: NDArray[np.uint8]
+    slab_fd: int
     page_nbytes: int
 
 
@@ -63,6 +68,8 @@ def _open(config: Config, tier: LowerTier, place: Place, namespace: Namespace) -
             return _open_ssd(config, tier, place, namespace)
         case ValkeyConfig():
             return _open_valkey(tier, place, namespace)
+        case MooncakeConfig():
+            return _open_mooncake(tier, place, namespace)
 
 
 def _check_identity(namespace: Namespace, tier: str) -> None:
@@ -114,6 +121,24 @@ def _open_valkey(tier: ValkeyConfig, place: Place, namespace: Namespace) -> Tier
     if place.rank == 0:
         warn_of_plain_text(endpoint)
     return opened
+
+
+def _open_mooncake(tier: MooncakeConfig, place: Place, namespace: Namespace) -> Tier:
+    _check_identity(namespace, "a mooncake")
+    n_slots, slot_nbytes = place.slab.shape
+    try:
+        return MooncakeTier(
+            pool_of(tier, place.n_ranks),
+            Geometry(n_slots, slot_nbytes, place.page_nbytes, namespace.digest),
+            place.slab_fd,
+            n_connections=tier.connections,
+        )
+    except UnusableError as error:
+        raise StartError(f"sgl_lmcache: {explain_unusable(str(error))}, or remove the mooncake tier.") from error
+    except ProcessError as error:
+        raise StartError(
+            f"sgl_lmcache: the mooncake tier {error}; see docs/mooncake.md, or remove the tier."
+        ) from error
 
 
 def next_tiers(openers: Sequence[TierOpener], namespace: Namespace, before: Sequence[Tier]) -> Sequence[Tier]:

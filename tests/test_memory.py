@@ -154,7 +154,7 @@ def test_a_configured_capacity_that_is_not_free_is_refused_with_both_figures() -
         host_capacity(configured("8GiB"), n_local_ranks=1, reserved_nbytes=2 * GIB, memory=memory(9 * GIB))
     message = str(caught.value)
     assert message.startswith("tiers[0].capacity is 8.0 GiB, but only 7.0 GiB of memory is free for it")
-    assert "the KV pool will still take 2.0 GiB" in message
+    assert "the KV pool and a mooncake segment will still take 2.0 GiB" in message
 
 
 @pytest.mark.parametrize(("available", "reserved"), [(0, 0), (GIB, GIB), (GIB, 8 * GIB)])

@@ -12,7 +12,7 @@ before that counts as a failure.
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -22,12 +22,13 @@ from typing import Final
 import numpy as np
 
 from hicache.breaker import Breaker
+from hicache.calls import ABSENT, CORRUPT, FULL, GOOD, NEW, OTHER_VERSION, UNASKED, Call
 from hicache.checksum import checksum, seeds
-from hicache.tier import Batch, TierError, true_prefix
+from hicache.tier import Batch, TierError
 from hicache.valkey.counters import Counters
 from hicache.valkey.nodes import Node, Nodes, describe
-from hicache.valkey.values import HEADER_NBYTES, checksum_in, header, is_other_version, names
 from hicache.valkey.wire import OddValue, Refusal, Reply, Value, Wire, refusal
+from hicache.values import HEADER_NBYTES, checksum_in, header, is_other_version, names
 from hicache.workers import Work, Workers
 
 LOAD_NBYTES: Final = 2 << 20
@@ -37,9 +38,6 @@ round trip."""
 
 PIECE_NAMES: Final = 4096
 MAX_REDIRECTIONS: Final = 3
-
-UNASKED, ABSENT, GOOD, NEW, CORRUPT, OTHER_VERSION, FULL = range(7)
-"""What has become of a page. NEW: it is good, and was not there before."""
 
 _OF_ONE_KEY: Final = "WRONGTYPE"
 _UNSERVED: Final = "CLUSTERDOWN Hash slot not served"
@@ -74,10 +72,9 @@ class Shared:
         return self.memory[start : start + self.page_nbytes]
 
 
-class Call(ABC):
-    """One call. `future` is settled by it, once; with TierError if the store failed."""
+class NodeCall(Call):
+    """One call. `future` ends with TierError if the store failed."""
 
-    is_read = True
     is_urgent = False
     piece_pages = PIECE_NAMES
     payload_nbytes = 0
@@ -85,15 +82,10 @@ class Call(ABC):
     what = ""
 
     def __init__(self, shared: Shared, keys: bytes, n_pages: int, future: Future[int]) -> None:
+        super().__init__(n_pages, shared.lock, future)
         self.shared = shared
         self.keys = keys
         self.names: list[bytes] = []
-        self.found = np.full(n_pages, UNASKED, np.int8)
-        self.n_known = n_pages
-        """Pages behind this one do not matter any more: one before them is missing."""
-        self._future = future
-        self._n_left = 0
-        self._error: Exception | None = None
 
     def start(self) -> None:
         """Have it planned. Some ten microseconds."""
@@ -103,26 +95,21 @@ class Call(ABC):
     def talk(self, wire: Wire, positions: Sequence[int]) -> Refusals:
         """Ask one node about these pages, and note in `found` what it answers. May be said again. Raises OSError."""
 
-    @abstractmethod
-    def count(self, n_head: int) -> int:
-        """Everything has ended, with so many good pages at the head: count it. Returns the answer. Under the lock."""
+    def explain(self, error: Exception) -> TierError:
+        return TierError(f"{self.shared.nodes.endpoint} {describe(error)}")
 
     # ---- on an I/O thread ----
 
     def plan(self) -> None:
         """Raises OSError."""
-        self.names = names(self.shared.namespace, self.keys)
+        self.names = [name.encode() for name in names(self.shared.namespace, self.keys)]
         pieces: list[Work] = []
         for node, positions in self.shared.nodes.by_node(self.names).items():
             pieces += [
                 _Piece(self, node, positions[at : at + self.piece_pages])
                 for at in range(0, len(positions), self.piece_pages)
             ]
-        self._n_left = len(pieces)
-        if pieces:
-            self.shared.workers.submit(pieces)
-        else:
-            self.settle(None)
+        self.begin(self.shared.workers, pieces)
 
     def ask(self, node: Node, positions: Sequence[int]) -> None:
         """Talk to a node, and to those it sends us to. Raises OSError if the first one fails."""
@@ -195,33 +182,8 @@ class Call(ABC):
             else:
                 self.shared.counters.write_errors += 1
 
-    # ---- the end ----
 
-    def piece_ended(self, piece: _Piece) -> None:
-        if piece.error is not None:
-            self.give_up(piece.node, piece.error)
-        with self.shared.lock:
-            self._error = self._error or piece.error
-            bad = [at for at in piece.positions if self.found[at] not in (GOOD, NEW)]
-            self.n_known = min([self.n_known, *bad[:1]])
-            self._n_left -= 1
-            is_over = self._n_left == 0
-        if is_over:
-            self.settle(self._error)
-
-    def settle(self, error: Exception | None) -> None:
-        """Once, when nothing is under way. error: why the store failed."""
-        good = (self.found == GOOD) | (self.found == NEW)
-        n_head = true_prefix(good)
-        with self.shared.lock:
-            answer = self.count(n_head if error is None else 0)
-        if error is None:
-            self._future.set_result(answer)
-        else:
-            self._future.set_exception(TierError(f"{self.shared.nodes.endpoint} {describe(error)}"))
-
-
-class _Question(Call):
+class _Question(NodeCall):
     """A command for each page that says 1 or 0."""
 
     def talk(self, wire: Wire, positions: Sequence[int]) -> Refusals:
@@ -249,7 +211,7 @@ class Delete(_Question):
         return n_deleted
 
 
-class _Move(Call):
+class _Move(NodeCall):
     """Pages between the slab and the store."""
 
     piece_nbytes = 0
@@ -351,7 +313,7 @@ class _Planning(Work):
 
     nbytes = 0
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: NodeCall) -> None:
         self._call = call
         self.is_read = call.is_read
         self.is_urgent = call.is_urgent
@@ -369,7 +331,7 @@ class _Planning(Work):
 class _Piece(Work):
     """Some pages of a call, all of one node."""
 
-    def __init__(self, call: Call, node: Node, positions: Sequence[int]) -> None:
+    def __init__(self, call: NodeCall, node: Node, positions: Sequence[int]) -> None:
         self._call = call
         self.is_read = call.is_read
         self.is_urgent = call.is_urgent
@@ -392,7 +354,9 @@ class _Piece(Work):
         node.served()
 
     def finish(self) -> None:
-        self._call.piece_ended(self)
+        if self.error is not None:
+            self._call.give_up(self.node, self.error)
+        self._call.piece_ended(self.positions, self.error)
 
 
 def _refusals(positions: Sequence[int], lines: Sequence[bytes]) -> Refusals:

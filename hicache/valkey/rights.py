@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from hicache.valkey.nodes import Node, Nodes
-from hicache.valkey.values import PREFIX
 from hicache.valkey.wire import ProtocolError, Wire, refusal
+from hicache.values import PREFIX
 
 _READING: Final = ("EXISTS", "GETEX", "CLUSTER SLOTS")
 

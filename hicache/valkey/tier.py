@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from hicache.checksum import namespace_seed
 from hicache.tier import Batch, Capacity, Health, Tier, answered, pending
-from hicache.valkey.calls import Call, Delete, Exists, Load, Shared, Store
+from hicache.valkey.calls import Delete, Exists, Load, NodeCall, Shared, Store
 from hicache.valkey.nodes import Endpoint, Node, Nodes, describe
 from hicache.valkey.rights import RefusedError, check_rights
 from hicache.workers import Work, Workers
@@ -123,7 +123,7 @@ class ValkeyTier(Tier):
             )
         return answered(0)
 
-    def _start(self, make: Callable[[Future[int]], Call]) -> Future[int]:
+    def _start(self, make: Callable[[Future[int]], NodeCall]) -> Future[int]:
         future = pending()
         make(future).start()
         return future

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from hicache.valkey.values import HEADER_NBYTES
+from hicache.values import HEADER_NBYTES
 
 N_CLUSTER_SLOTS: Final = 16384
 MISS: Final = b"$-1"

@@ -48,8 +48,8 @@ from hicache.checksum import checksum, namespace_seed, seeds
 from hicache.tier import batches
 from hicache.valkey import Endpoint, ValkeyTier
 from hicache.valkey.calls import LOAD_NBYTES
-from hicache.valkey.values import HEADER_NBYTES, header, names
 from hicache.valkey.wire import pack
+from hicache.values import HEADER_NBYTES, header, names
 
 TTL_S: Final = 3600
 TARGETS: Final = {"load": 0.8, "store": 0.8}
@@ -101,7 +101,7 @@ class Mover:
         self.run = path(0, slots)
         batch_pages = max(1, BATCH_NBYTES // self.slab.slot_nbytes)
         self.batches = [batch for _, batch in batches(self.run, batch_pages)]
-        self.names = names(NAMESPACE, self.run.keys)
+        self.names = [name.encode() for name in names(NAMESPACE, self.run.keys)]
         self.seeds = seeds(self.run.keys, namespace_seed(NAMESPACE)).tolist()
         memory = self.slab.array.reshape(-1).data
         starts = [slot * self.slab.slot_nbytes for slot in slots.tolist()]
@@ -254,7 +254,7 @@ def lookup(address: tuple[str, int], n_pages: int, n_rounds: int) -> Lookup:
             bare.sendall(b"*1\r\n$4\r\nPING\r\n")
             bare.recv(7, socket.MSG_WAITALL)
             pinged_s = time.perf_counter()
-            b"".join(pack(b"EXISTS", name) for name in names(NAMESPACE, keys))
+            b"".join(pack(b"EXISTS", name.encode()) for name in names(NAMESPACE, keys))
             named_s = time.perf_counter()
             if number >= 0:
                 calls.append(called_s - began_s)

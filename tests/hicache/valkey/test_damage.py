@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from hicache.valkey.values import FORMAT_VERSION, HEADER_NBYTES
+from hicache.values import FORMAT_VERSION, HEADER_NBYTES
 from tests.hicache.tier_contract import PAGE_NBYTES, batch, chain
 from tests.hicache.valkey.tiers import Rig, page_names, rig
 from tests.support.valkey import Client, StoreServer

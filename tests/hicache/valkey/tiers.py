@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hicache.valkey import Endpoint, ValkeyTier
-from hicache.valkey.values import names
+from hicache.values import names
 from tests.hicache.tier_contract import N_SLOTS, PAGE_NBYTES
 
 NAMESPACE = "0123456789abcdef" * 2
@@ -46,4 +46,4 @@ def rig(endpoint: Endpoint, slab: Slab | None = None, **options: Any) -> Iterato
 
 
 def page_names(keys: bytes) -> list[bytes]:
-    return names(NAMESPACE, keys)
+    return [name.encode() for name in names(NAMESPACE, keys)]

@@ -1,7 +1,7 @@
-"""How a page looks in the store: its name and its value.
+"""How a page looks in a store that servers share, Valkey or Mooncake: its name and its value.
 
-    name     sgl-lmcache:<namespace>:<key>, both in hex digits. No braces: in a cluster they would be a hash tag, and
-             pin every page of a namespace to one node.
+    name     sgl-lmcache:<namespace>:<key>, both in hex digits. No braces: in a Valkey cluster they would be a hash tag,
+             and pin every page of a namespace to one node.
     value    a header of 32 bytes, then the payload:
 
              offset  0  8 bytes   magic
@@ -32,10 +32,10 @@ _HEADER: Final = struct.Struct("<8sHHIQQ")
 _KEY_DIGITS: Final = 2 * KEY_NBYTES
 
 
-def names(namespace: str, keys: bytes) -> list[bytes]:
+def names(namespace: str, keys: bytes) -> list[str]:
     """The names of n pages. keys: 32n bytes."""
     head, digits = f"{PREFIX}{namespace}:", keys.hex()
-    return [(head + digits[at : at + _KEY_DIGITS]).encode() for at in range(0, len(digits), _KEY_DIGITS)]
+    return [head + digits[at : at + _KEY_DIGITS] for at in range(0, len(digits), _KEY_DIGITS)]
 
 
 def header(payload_nbytes: int, checksum: int) -> bytes:

@@ -1,0 +1,270 @@
+"""Pages in a Mooncake Store: what the client process does for its rank, call by call.
+
+Bytes go straight between slab slots and the pool: the slab is registered once, and a page is one object of two buffers,
+a header (`hicache.values`) in memory of this process and the payload in its slot. Every page that is loaded is verified
+here, and one that is damaged is removed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hicache.calls import ABSENT, CORRUPT, FAILED, FULL, GOOD, NEW, OTHER_VERSION, UNASKED
+from hicache.checksum import checksum, namespace_seed, seeds
+from hicache.mooncake.codes import (
+    GONE,
+    INVALID_PARAMS,
+    NO_AVAILABLE_HANDLE,
+    OBJECT_ALREADY_EXISTS,
+    OF_THE_MASTER,
+    describe,
+)
+from hicache.mooncake.messages import Delete, Exists, Geometry, Load, Pool, Reply, Store
+from hicache.mooncake.owners import Owners
+from hicache.values import HEADER_NBYTES, checksum_in, header, is_other_version, names
+
+LOCAL_BUFFER_NBYTES: Final = 16 << 20
+"""Mooncake's own, for calls that we do not make; less is refused."""
+
+NOBODY: Final = f"sgl-lmcache:{'0' * 64}"
+"""No object has this name: asking for it shows whether the master answers."""
+
+
+class MasterError(Exception):
+    """The pool as a whole does not answer: the sentence says how."""
+
+
+class PageStore:
+    """The pool, once `connect` has gone well; no other method may be called before. Any thread may call the others.
+
+    slab: all bytes of it, `geometry.n_slots * slot_nbytes`.
+    """
+
+    def __init__(self, pool: Pool, geometry: Geometry, slab: mmap.mmap) -> None:
+        self._pool = pool
+        self._geometry = geometry
+        self._seed = namespace_seed(geometry.namespace)
+        self._slab = memoryview(slab)
+        self._slab_address = _address(slab)
+        self._headers = mmap.mmap(-1, geometry.n_slots * HEADER_NBYTES)
+        self._headers_address = _address(self._headers)
+        self._client: Any = None
+        self._owners = Owners(time.monotonic)
+
+    # ---- joining and leaving ----
+
+    def connect(self) -> None:
+        """Blocks, and keeps this process's other threads, for some seconds if the master cannot be reached.
+
+        Raises MasterError.
+        """
+        if self._client is None:
+            self._client = self._join()
+        self._check(self._client.batch_is_exist([NOBODY]))
+
+    def _join(self) -> Any:
+        from mooncake.store import MooncakeDistributedStore
+
+        pool, client = self._pool, MooncakeDistributedStore()
+        address = pool.address or _address_towards(pool.master)
+        os.environ.setdefault("MC_TCP_BIND_ADDRESS", address)  # or it would tell the others the first that it has
+        code = client.setup(
+            address,
+            pool.metadata,
+            pool.segment_nbytes,
+            LOCAL_BUFFER_NBYTES,
+            pool.protocol,
+            pool.devices,
+            pool.master,
+        )
+        if code:
+            client.close()
+            raise MasterError(
+                f"cannot be joined as {address} (error {code}): the master or the metadata does not answer, or "
+                f"the {pool.protocol} transport cannot be used"
+            )
+        for memory, start in ((self._slab, self._slab_address), (self._headers, self._headers_address)):
+            code = client.register_buffer(start, len(memory))
+            if code:
+                client.close()
+                raise MasterError(f"cannot register host memory with the {pool.protocol} transport (error {code})")
+        return client
+
+    def close(self) -> None:
+        """Take the segment out of the pool. Blocks for some seconds."""
+        if self._client is not None:
+            self._client.close()
+
+    # ---- pages ----
+
+    def exists(self, call: Exists) -> Reply:
+        """A page on a node that is not asked now is as good as absent."""
+        found_names = names(self._geometry.namespace, call.keys)
+        if self._owners.all_serve:
+            codes = np.array(self._client.batch_is_exist(found_names), np.int32)
+            self._check(codes[codes < 0])
+            return _reply(np.where(codes == 1, GOOD, ABSENT))
+        owners = self._owners_of(found_names)
+        return _reply([GOOD if owner and self._owners.may_ask(owner) else ABSENT for owner in owners])
+
+    def load(self, call: Load) -> Reply:
+        slots = np.frombuffer(call.slots, np.int32)
+        all_names = names(self._geometry.namespace, call.keys)
+        owners = [] if self._owners.all_serve else self._owners_of(all_names)
+        asked = [at for at in range(len(slots)) if not owners or self._owners.may_ask(owners[at])]
+        found = np.full(len(slots), ABSENT, np.int8)
+        if not asked:
+            return _reply(found)
+        asked_names, asked_slots = [all_names[at] for at in asked], slots[asked].tolist()
+        codes = self._client.batch_get_into_multi_buffers(asked_names, *self._buffers(asked_slots))
+        self._check(codes)
+        page_seeds = seeds(call.keys, self._seed)[asked].tolist()
+        found[asked] = [self._judge(*page) for page in zip(codes, asked_slots, page_seeds, strict=True)]
+        news = self._served({owners[at] for at in asked if found[at] == GOOD}) if owners else []
+        failed = [at for at in asked if found[at] == FAILED]
+        if failed:
+            news += self._blame(all_names, failed, found)
+        damaged = [all_names[at] for at in asked if found[at] == CORRUPT]
+        if damaged:
+            self._client.batch_remove(damaged, True)
+        return _reply(found, news)
+
+    def _judge(self, code: int, slot: int, seed: int) -> int:
+        """code: how many bytes came, or why none did."""
+        geometry = self._geometry
+        if code == HEADER_NBYTES + geometry.page_nbytes:
+            at = slot * HEADER_NBYTES
+            page_header = self._headers[at : at + HEADER_NBYTES]
+            expected = checksum_in(page_header, geometry.page_nbytes)
+            if expected is not None and expected == checksum(self._payload(slot), seed):
+                return GOOD
+            return OTHER_VERSION if is_other_version(page_header) else CORRUPT
+        if code in GONE:
+            return ABSENT
+        return CORRUPT if code >= 0 or code == INVALID_PARAMS else FAILED
+
+    def _blame(self, all_names: Sequence[str], failed: Sequence[int], found: NDArray[np.int8]) -> list[str]:
+        """Find who has the pages that did not come: that node has failed, or they are not pages at all."""
+        blamed: set[str] = set()
+        replicas = self._client.batch_get_replica_desc([all_names[at] for at in failed])
+        for at in failed:
+            replica = _first_complete(replicas.get(all_names[at], ()))
+            if replica is None:
+                found[at] = ABSENT
+            elif replica.size != HEADER_NBYTES + self._geometry.page_nbytes:
+                found[at] = CORRUPT
+            else:
+                blamed.add(replica.transport_endpoint)
+        return [
+            f"node {owner} of the pool does not answer: its pages are misses for a while"
+            for owner in self._owners.failed(blamed)
+        ]
+
+    def _served(self, owners: set[str]) -> list[str]:
+        return [f"node {owner} of the pool is used again" for owner in self._owners.served(owners)]
+
+    def store(self, call: Store) -> Reply:
+        """What is there stays as it is. An object is seen by others when all of it is in the pool."""
+        slots = np.frombuffer(call.slots, np.int32)
+        all_names = names(self._geometry.namespace, call.keys)
+        known = np.array(self._client.batch_is_exist(all_names), np.int32)
+        self._check(known[known < 0])
+        found = np.where(known == 1, GOOD, UNASKED).astype(np.int8)
+        absent = np.flatnonzero(known != 1).tolist()
+        if absent:
+            absent_slots = slots[absent].tolist()
+            for slot, seed in zip(absent_slots, seeds(call.keys, self._seed)[absent].tolist(), strict=True):
+                at, payload = slot * HEADER_NBYTES, self._payload(slot)
+                self._headers[at : at + HEADER_NBYTES] = header(len(payload), checksum(payload, seed))
+            codes = self._client.batch_put_from_multi_buffers(
+                [all_names[at] for at in absent], *self._buffers(absent_slots), self._placement()
+            )
+            self._check(codes)
+            found[absent] = [_STORED.get(code, FAILED) for code in codes]
+        return _reply(found)
+
+    def _placement(self) -> Any:
+        """On this node, if it has a segment with room: who has computed a page is the likeliest to want it again."""
+        from mooncake.store import ReplicateConfig, SoftPinAction
+
+        placement = ReplicateConfig()
+        placement.replica_num = self._pool.replicas
+        if self._pool.segment_nbytes:
+            placement.preferred_segments = [self._client.get_hostname()]
+        if self._pool.soft_pin_s is not None:
+            placement.soft_pin_action = SoftPinAction.ENABLE
+            placement.soft_pin_ttl_ms = round(self._pool.soft_pin_s * 1000)
+        return placement
+
+    def delete(self, call: Delete) -> Reply:
+        codes = np.array(self._client.batch_remove(names(self._geometry.namespace, call.keys), True), np.int32)
+        self._check(codes)
+        return _reply(np.where(codes == 0, GOOD, ABSENT))
+
+    # ---- what they share ----
+
+    def _buffers(self, slots: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """Addresses and sizes of the two buffers of each page."""
+        slot_nbytes, page_nbytes = self._geometry.slot_nbytes, self._geometry.page_nbytes
+        addresses = [
+            [self._headers_address + slot * HEADER_NBYTES, self._slab_address + slot * slot_nbytes] for slot in slots
+        ]
+        return addresses, [[HEADER_NBYTES, page_nbytes]] * len(slots)
+
+    def _payload(self, slot: int) -> memoryview:
+        start = slot * self._geometry.slot_nbytes
+        return self._slab[start : start + self._geometry.page_nbytes]
+
+    def _owners_of(self, page_names: Sequence[str]) -> list[str]:
+        """The node that each page would be read from; empty: it is nowhere. Raises MasterError."""
+        replicas = self._client.batch_get_replica_desc(page_names)
+        if not replicas:  # also if the master does not answer
+            self._check(self._client.batch_is_exist([NOBODY]))
+        found = (_first_complete(replicas.get(name, ())) for name in page_names)
+        return ["" if replica is None else replica.transport_endpoint for replica in found]
+
+    def _check(self, codes: Sequence[int] | NDArray[np.int32]) -> None:
+        """Raises MasterError if one of them says that the master did not answer."""
+        for code in codes:
+            if code in OF_THE_MASTER or code == -1:
+                raise MasterError(f"has a master that {describe(int(code))}")
+
+
+_STORED: Final = {0: NEW, OBJECT_ALREADY_EXISTS: GOOD, NO_AVAILABLE_HANDLE: FULL}
+
+
+def _first_complete(replicas: Sequence[Any]) -> Any:
+    """Where the copy lies that Mooncake would read, or None."""
+    from mooncake.store import ReplicaStatus
+
+    for replica in replicas:
+        if replica.status == ReplicaStatus.COMPLETE and replica.is_memory_replica():
+            return replica.get_memory_descriptor().buffer_descriptor
+    return None
+
+
+def _reply(found: Sequence[int] | NDArray[Any], news: Sequence[str] = ()) -> Reply:
+    return Reply(np.asarray(found, np.int8).tobytes(), news=tuple(news))
+
+
+def _address_towards(master: str) -> str:
+    """This node's address on the way to the master. Raises MasterError."""
+    host, _, port = master.removeprefix("etcd://").partition(";")[0].rpartition(":")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, int(port)))  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise MasterError(f"cannot be joined: there is no way to {host} ({error.strerror})") from error
+
+
+def _address(memory: mmap.mmap) -> int:
+    return int(np.frombuffer(memory, np.uint8).ctypes.data)
