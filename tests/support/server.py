@@ -105,17 +105,20 @@ class ServerDiedError(AssertionError):
 class Server:
     """One server, running for as long as the context is entered.
 
-    folder: for its log, its configuration and the probe's files; no other server may have used it. All methods may be
-    called from any thread but `inspect`, which is for one at a time.
+    folder: for its log, its configuration and the probe's files; no other server may have used it. address: where it
+    listens. prefix: what has to come before a command for it to run where that address is. All methods may be called
+    from any thread but `inspect`, which is for one at a time.
     """
 
-    def __init__(self, setup: Setup, folder: Path) -> None:
+    def __init__(self, setup: Setup, folder: Path, *, address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> None:
         self.setup = setup
         self._folder = folder
+        self._address = address
+        self._prefix = tuple(prefix)
         self._port = free_port()
-        self.url = f"http://127.0.0.1:{self._port}"
+        self.url = f"http://{address}:{self._port}"
         any_number = httpx.Limits(max_connections=None)
-        self._http = httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S, limits=any_number)
+        self._http = httpx.Client(base_url=self.url, timeout=ANSWER_TIMEOUT_S, limits=any_number, trust_env=False)
         self._processes: ProcessGroup | None = None
         self.probe = ProbeFolder(folder, setup.n_ranks, self.check_alive)
 
@@ -169,14 +172,15 @@ class Server:
             "--model-path",
             str(make_model(self.setup.recipe)),
             "--host",
-            "127.0.0.1",
+            self._address,
             "--port",
             str(self._port),
         ]
         arguments += ["--skip-server-warmup", "--random-seed", "0"]
         if self.setup.cached:
             arguments += ["--radix-cache-backend", "sgl_lmcache"]
-        return [sys.executable, "-m", "sglang.launch_server", *cpu_arguments([*arguments, *self.setup.arguments])]
+        server = [sys.executable, "-m", "sglang.launch_server", *cpu_arguments([*arguments, *self.setup.arguments])]
+        return [*self._prefix, *server]
 
     def _environment(self) -> dict[str, str]:
         environment = {**base_environment(self.setup.n_ranks), "SGL_LMCACHE_PROBE_DIR": str(self._folder)}
