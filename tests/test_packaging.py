@@ -208,6 +208,19 @@ def test_setup_names_the_missing_packages_where_it_cannot_install_them(setup: Se
     assert "apt-get install bin-dev" in printed
 
 
+def test_setup_goes_on_without_what_only_some_tests_need(setup: Setup) -> None:
+    for name, says in (("id", "1000"), ("ldconfig", "libnuma.so.1 (libc6,x86-64) => /lib/libnuma.so.1")):
+        (setup.folder / "bin" / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (setup.folder / "bin" / name).chmod(0o755)
+    code, done, printed = setup.run()
+    assert code == 0
+    assert done[-1] == f"-m pip install --editable {setup.checkout}[test]"
+    (told,) = (line for line in printed.splitlines() if "libibverbs1" in line)
+    assert "apt-get install libibverbs1 librdmacm1" in told
+    assert told.endswith("the tests that need them are left out")
+    assert "libnuma1" not in told
+
+
 def test_setup_explains_itself_and_refuses_what_it_does_not_know(setup: Setup) -> None:
     code, done, printed = setup.run("--help")
     assert (code, done) == (0, [])
