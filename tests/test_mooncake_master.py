@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -23,6 +24,20 @@ from tests.support.processes import ProcessGroup, free_port, wait_for
 
 START_TIMEOUT_S = 30.0
 HA = "etcd://10.0.0.1:2379;10.0.0.2:2379"
+
+
+def _is_missing(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return True
+    return False
+
+
+runs_the_program = pytest.mark.skipif(
+    any(map(_is_missing, ("libibverbs.so.1", "libnuma.so.1"))),
+    reason="needs Mooncake's libraries (apt-get install libibverbs1 libnuma1)",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +125,7 @@ def test_an_address_that_cannot_be_is_refused(master: str, address: str | None, 
     assert str(caught.value).endswith(says)
 
 
+@runs_the_program
 def test_the_program_knows_every_flag() -> None:
     known = subprocess.run([mooncake_master.find_program(), "--help"], capture_output=True, text=True, check=False)
     for given in (flags(soft_pin="7d"), flags("a", master=HA, metadata="http://a:1/metadata")):
@@ -187,6 +203,7 @@ def health(port: int) -> dict[str, Any] | None:
     return said
 
 
+@runs_the_program
 def test_a_master_that_is_started_serves_and_ends_with_a_signal(tmp_path: Path) -> None:
     rpc, metrics, metadata = free_port(), free_port(), free_port()
     path = write(tmp_path, f"127.0.0.1:{rpc}", metadata=f"http://127.0.0.1:{metadata}/metadata")
