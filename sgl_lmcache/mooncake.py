@@ -33,8 +33,8 @@ def pool_of(tier: MooncakeTier, n_ranks: int) -> Pool:
         devices=tier.devices,
         segment_nbytes=segment_nbytes,
         replicas=tier.replicas,
-        soft_pin_s=tier.soft_pin,
-        timeout_s=tier.timeout,
+        soft_pin_s=None if tier.soft_pin is None else float(tier.soft_pin),
+        timeout_s=float(tier.timeout),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -32,6 +33,7 @@ LEAVE_TIMEOUT_S: Final = 5.0
 def main(argument: str) -> None:
     start = msgspec.json.decode(argument, type=Start)
     threading.excepthook = _die
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its memory is KV, which is as good as the prompts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the server, which says when to end
     geometry = start.geometry
     slab = mmap.mmap(start.slab_fd, geometry.n_slots * geometry.slot_nbytes)

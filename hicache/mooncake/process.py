@@ -7,6 +7,7 @@ If the call was answered, Mooncake has ended all its transfers; if not, the proc
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import subprocess
@@ -28,11 +29,14 @@ GIVE_UP_S: Final = 60.0
 """After so long Mooncake answers that a call has failed while its transfers go on (the constant in its
 `transfer_task.cpp`)."""
 
-KILL_AFTER_S: Final = 50.0
-"""So long a call may take. Less than GIVE_UP_S, so that an answer is never of a call that was given up."""
-
 DRAIN_S: Final = 40.0
 """Even if another node says nothing more, the transfers under way end by their time-outs within this."""
+
+KILL_SLACK_S: Final = 5.0
+"""... and the process is killed that has not answered so much later. That is before GIVE_UP_S, so that an answer is
+never of a call that Mooncake has given up."""
+
+MAX_PIECE_PAGES: Final = 16
 
 SLACK_S: Final = 1.3
 """What Mooncake's time-out of a transfer takes beyond what was asked for, at most (measured)."""
@@ -61,7 +65,13 @@ def piece_pages(n_connections: int, timeout_s: float) -> int:
     through within DRAIN_S; and no more than 16, which are as fast as many (docs/benchmarks.md).
     """
     n_rounds = int(DRAIN_S / (timeout_s + SLACK_S))
-    return max(1, min(16, n_rounds * N_LANES // (2 * n_connections)))
+    return max(1, min(MAX_PIECE_PAGES, n_rounds * N_LANES // (2 * n_connections)))
+
+
+def kill_after_s(n_connections: int, timeout_s: float) -> float:
+    """How long a call may take. What has no time-out in Mooncake, as a greeting that nobody answers, takes longer."""
+    n_rounds = math.ceil(2 * n_connections * piece_pages(n_connections, timeout_s) / N_LANES)
+    return min(DRAIN_S, n_rounds * (timeout_s + SLACK_S)) + KILL_SLACK_S
 
 
 class ClientProcess:
@@ -77,6 +87,7 @@ class ClientProcess:
         theirs = [their for _, their in pairs]
         self._log = os.fdopen(os.memfd_create("sgl-lmcache-mooncake.log", os.MFD_CLOEXEC), "rb")
         self._reaping = threading.Lock()
+        self._kill_after_s = kill_after_s(n_connections, pool.timeout_s)
         start = Start(pool, geometry, slab_fd, tuple(end.fileno() for end in theirs))
         try:
             self._process = subprocess.Popen(
@@ -107,11 +118,11 @@ class ClientProcess:
         return self._process.pid
 
     def call(self, message: Call) -> Reply:
-        """Blocks for KILL_AFTER_S at most. Raises ProcessError. At most `n_connections` threads at once."""
+        """Blocks for `kill_after_s` at most. Raises ProcessError. At most `n_connections` threads at once."""
         connection = self._idle.popleft()
         try:
             self._send(connection, message)
-            reply = self._receive(connection, Reply, KILL_AFTER_S)
+            reply = self._receive(connection, Reply, self._kill_after_s)
         except ProcessError:
             connection.close()
             raise

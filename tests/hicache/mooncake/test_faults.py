@@ -1,0 +1,309 @@
+"""A pool that fails, hangs, refuses or comes back: misses, told once, tried again from time to time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hicache import TierError
+from hicache.mooncake import Pool, UnusableError, process
+from tests.hicache.mooncake.tiers import Rig, open_tier, random_slab, rig
+from tests.hicache.tier_contract import batch, chain
+from tests.support.mooncake import Master
+from tests.support.processes import wait_for
+
+ANSWER_TIMEOUT_S = 70.0
+RECOVERY_TIMEOUT_S = 60.0
+
+
+def settled(future: Future[int]) -> int:
+    """What the engine takes an answer for."""
+    try:
+        return future.result(timeout=ANSWER_TIMEOUT_S)
+    except TierError:
+        return 0
+
+
+def load(on: Rig, seed: str = "a", n_pages: int = 4, first_slot: int = 20) -> int:
+    return settled(on.tier.load(batch(n_pages, seed, first_slot=first_slot)))
+
+
+def exists(on: Rig, seed: str = "a", n_pages: int = 4) -> int:
+    return settled(on.tier.exists(chain(n_pages, seed)[0]))
+
+
+def store(on: Rig, seed: str = "a", n_pages: int = 4) -> int:
+    return settled(on.tier.store(batch(n_pages, seed)))
+
+
+def said(caplog: pytest.LogCaptureFixture, what: str) -> int:
+    return sum(what in record.getMessage() for record in caplog.records)
+
+
+def client_of(on: Rig) -> int:
+    """Its process number."""
+    client = on.tier._shared.process
+    assert client is not None
+    return client.pid
+
+
+@contextmanager
+def frozen(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def comes_back(on: Rig, seed: str) -> None:
+    """Traffic alone brings the pool back."""
+    wait_for("the pool is used again", lambda: store(on, seed) == 4 or None, RECOVERY_TIMEOUT_S)
+
+
+# ---- the master ----
+
+
+def test_a_master_that_is_killed_and_comes_back_empty(own_master: Master, caplog: pytest.LogCaptureFixture) -> None:
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        own_master.kill()
+        wait_for("it is given up", lambda: (exists(on), not on.tier.health().available)[1] or None, RECOVERY_TIMEOUT_S)
+        assert [load(on), store(on), exists(on)] == [0, 0, 0]
+        assert "master that cannot be reached" in on.tier.health().reason
+        assert said(caplog, "going on without it") == 1
+        own_master.start()
+        comes_back(on, "b")
+        assert load(on) == 0, "it has forgotten all"
+        assert load(on, "b") == 4
+        assert np.array_equal(on.slab[20:24], on.slab[:4])
+        assert said(caplog, "is used again") == 1
+        assert on.tier.stats()["crashes"] == 0
+        assert on.tier.stats()["restarts"] == 0, "the client has joined the new pool by itself"
+
+
+def test_a_master_that_hangs_costs_one_time_out(own_master: Master) -> None:
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        own_master.freeze()
+        assert exists(on) == 0
+        wait_for("it is given up", lambda: not on.tier.health().available or None, ANSWER_TIMEOUT_S)
+        assert all(on.tier.exists(chain(4, "a")[0]).done() for _ in range(100)), "nobody waits for it meanwhile"
+        own_master.thaw()
+        comes_back(on, "b")
+
+
+def test_nobody_is_there_at_the_start(own_master: Master, caplog: pytest.LogCaptureFixture) -> None:
+    own_master.kill()
+    with rig(own_master.pool(), joined=False) as on:
+        assert not on.tier.health().available
+        assert [store(on), load(on), exists(on)] == [0, 0, 0]
+        wait_for("it is told", lambda: said(caplog, "cannot be joined") or None, RECOVERY_TIMEOUT_S)
+        own_master.start()
+        comes_back(on, "a")
+        assert load(on) == 4
+
+
+# ---- another node ----
+
+
+def test_a_node_that_is_killed_takes_its_pages_with_it(own_master: Master, caplog: pytest.LogCaptureFixture) -> None:
+    with rig(own_master.pool()) as here, rig(own_master.pool()) as there:
+        assert store(there) == 4
+        assert load(here) == 4
+        os.kill(client_of(there), signal.SIGKILL)
+        here.slab[20:24] = 0
+        assert load(here) == 0
+        assert exists(here) == 0, "the master still names the node, which is not asked again at once"
+        assert said(caplog, "does not answer: its pages are misses for a while") == 1
+        assert here.tier.health().available, "the others are there"
+        wait_for("stores go elsewhere", lambda: store(here, "b") == 4 or None, RECOVERY_TIMEOUT_S)
+        assert load(here, "b") == 4
+        comes_back(there, "c")
+        assert there.tier.stats()["restarts"] == 1
+        wait_for("its new pages are read", lambda: load(here, "c") == 4 or None, RECOVERY_TIMEOUT_S)
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+def test_what_a_silent_node_sends_later_never_reaches_a_slot(own_master: Master, is_known: bool) -> None:
+    """Mooncake leaves transfers behind when it gives a call up, which write into slots that others have by then.
+
+    A node that has been talked to before times out; for the greeting of one that has not, Mooncake waits for ever, and
+    the client process is killed.
+    """
+    n_pages = 96
+    with rig(own_master.pool(), random_slab(2 * n_pages, 256 << 10)) as here:
+        with rig(own_master.pool(), random_slab(n_pages, 256 << 10)) as there:
+            assert store(there, "a", n_pages) == n_pages
+            if is_known:
+                assert load(here, "a", 4, n_pages) == 4
+            with frozen(client_of(there)):
+                loading = here.tier.load(batch(n_pages, "a", first_slot=n_pages))
+                time.sleep(3 * here.tier._shared.pool.timeout_s)
+                assert all(here.tier.exists(chain(4, "a")[0]).done() for _ in range(100)), "nobody waits meanwhile"
+                n_loaded = settled(loading)
+                assert n_loaded < n_pages
+                here.slab[n_pages:] = 77  # the future is done: the slots are somebody else's now
+            time.sleep(1.0)
+            assert np.all(here.slab[n_pages:] == 77)
+            assert here.tier.stats()["crashes"] == 0
+        assert (here.tier.stats()["unread"] > 0) == is_known
+        comes_back(here, "b")
+        assert here.tier.stats()["restarts"] == (0 if is_known else 1)
+
+
+# ---- the client process ----
+
+
+def test_a_client_process_that_is_killed_is_started_again(own_master: Master, caplog: pytest.LogCaptureFixture) -> None:
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        os.kill(client_of(on), signal.SIGKILL)
+        assert load(on) == 0
+        assert said(caplog, "has lost its client process") == 1
+        comes_back(on, "b")
+        assert load(on, "b") == 4
+        assert on.tier.stats()["restarts"] == 1
+
+
+def test_a_client_process_that_hangs_is_killed_before_the_slots_are_given_back(
+    own_master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "kill_after_s", lambda *_: 4.0)
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        hung = client_of(on)
+        os.kill(hung, signal.SIGSTOP)
+        loading = on.tier.load(batch(4, "a", first_slot=20))
+        wait_for("it is taken for hung", lambda: "hangs" in on.tier.health().reason or None, ANSWER_TIMEOUT_S)
+        assert not loading.done()
+        assert on.tier.exists(chain(4, "a")[0]).done(), "nobody waits for it meanwhile"
+        assert settled(loading) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(hung, 0)
+        comes_back(on, "b")
+        assert load(on, "b") == 4
+
+
+def test_closing_while_the_client_process_hangs_ends_it(own_master: Master) -> None:
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        hung = client_of(on)
+        os.kill(hung, signal.SIGSTOP)
+        loading = on.tier.load(batch(4, "a", first_slot=20))
+        on.tier.close()
+        assert settled(loading) == 0
+        with pytest.raises(ProcessLookupError):
+            os.kill(hung, 0)
+
+
+def test_the_client_process_ends_with_its_rank(own_master: Master) -> None:
+    with rig(own_master.pool()) as on:
+        client = client_of(on)
+    with pytest.raises(ProcessLookupError):
+        os.kill(client, 0)
+
+
+def test_a_bug_in_the_client_process_is_a_miss(own_master: Master) -> None:
+    """A message that it cannot know."""
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        client = on.tier._shared.process
+        assert client is not None
+        connection = client._idle.popleft()
+        connection.send(b"\xc1")
+        assert connection.recv(10) == b"", "it has ended, and its connections with it"
+        connection.close()
+        assert load(on) == 0
+        comes_back(on, "b")
+
+
+@pytest.mark.parametrize("missing", ["No module named 'mooncake'", "libibverbs.so.1: cannot open shared object file"])
+def test_a_library_that_cannot_be_loaded_is_told_at_the_start(
+    own_master: Master, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    package = tmp_path / "mooncake"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"raise ImportError({missing!r})\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    memory = random_slab()
+    with pytest.raises(UnusableError, match=missing):
+        open_tier(own_master.pool(), memory)
+    memory.close()
+
+
+# ---- room ----
+
+
+def test_a_pool_that_is_full_evicts_and_what_it_refuses_is_counted(own_master: Master) -> None:
+    """Four times more than the segment holds: the master evicts what nobody has looked up lately."""
+    with rig(own_master.pool(segment_nbytes=16 << 20), random_slab(64, 256 << 10)) as on:
+        for n in range(4):
+            stored = store(on, f"s{n}", 64)
+            assert stored <= 64
+        stats = on.tier.stats()
+        assert stats["skipped_full"] > 0
+        assert stats["write_errors"] == 0
+        assert on.tier.health().available
+
+        def stored_again() -> bool | None:
+            return store(on, f"again {time.monotonic()}", 1) == 1 or None
+
+        wait_for("leases have run out, and there is room again", stored_again, RECOVERY_TIMEOUT_S)
+
+
+def test_a_pool_without_a_segment_takes_nothing(own_master: Master) -> None:
+    with rig(own_master.pool(segment_nbytes=0)) as on:
+        assert store(on) == 0
+        assert on.tier.stats()["skipped_full"] == 4
+        assert on.tier.health().available
+
+
+def test_a_page_that_is_gone_when_it_is_loaded_is_a_miss(own_master: Master) -> None:
+    with rig(own_master.pool()) as on, rig(own_master.pool(segment_nbytes=0)) as other:
+        assert store(on) == 4
+        assert exists(other) == 4
+        assert settled(on.tier.delete(chain(4, "a")[0][2 * 32 : 3 * 32])) == 1
+        assert load(other) == 2
+        assert other.tier.stats()["missed"] == 1
+
+
+def test_more_copies_than_nodes_are_no_error(own_master: Master) -> None:
+    with rig(own_master.pool(replicas=2)) as here, rig(own_master.pool(replicas=2)) as there:
+        assert store(here) == 4
+        assert load(there) == 4
+
+
+def test_soft_pins_are_taken(own_master: Master) -> None:
+    with rig(own_master.pool(soft_pin_s=60.0)) as on:
+        assert store(on) == 4
+        assert load(on) == 4
+
+
+def test_queued_stores_are_bounded(own_master: Master) -> None:
+    with rig(own_master.pool(), max_queued_nbytes=2 * 4096) as on:
+        assert store(on) == 2
+        assert on.tier.stats()["skipped_pressure"] == 2
+        assert on.tier.stats()["queued_nbytes"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [({"protocol": "nonsense"}, "cannot be joined"), ({"master": "no-such-host.invalid:1", "address": None}, "no way")],
+)
+def test_a_pool_that_cannot_be_joined_is_told(
+    own_master: Master, caplog: pytest.LogCaptureFixture, changed: dict[str, Any], says: str
+) -> None:
+    pool: Pool = own_master.pool(**changed)
+    with rig(pool, joined=False) as on:
+        wait_for("it is told", lambda: said(caplog, says) or None, RECOVERY_TIMEOUT_S)
+        assert [store(on), load(on), exists(on)] == [0, 0, 0]
