@@ -151,11 +151,7 @@ class Cluster:
 
 def read_template(path: Path) -> Any:
     """The plain values of a configuration that servers on one machine can share. Raises `ClusterError`."""
-    try:
-        tree = config.read(path)
-        parsed = config.parse(tree, source=str(path))
-    except StartError as error:
-        raise ClusterError(str(error)) from error
+    parsed = load(path)
     if [type(tier) for tier in parsed.tiers] != [config.HostTier, config.MooncakeTier]:
         raise ClusterError(
             f"{path}: tiers has to be a host tier and a mooncake tier here; the nodes of this cluster share a disk and "
@@ -167,7 +163,18 @@ def read_template(path: Path) -> Any:
             f"{path}: the mooncake tier has to have one master, host[:port], metadata {config.P2P_HANDSHAKE} and no "
             "address here."
         )
-    return tree
+    return config.read(path)
+
+
+def load(path: Path) -> config.Config:
+    """A configuration with a pool. Raises `ClusterError`."""
+    try:
+        parsed = config.load(path)
+    except StartError as error:
+        raise ClusterError(str(error)) from error
+    if parsed.mooncake is None:
+        raise ClusterError(f"{path}: there is no mooncake tier, and so no pool; add one, as in {TEMPLATE}.")
+    return parsed
 
 
 def with_master(template: Any, host: str) -> Any:
@@ -204,10 +211,9 @@ def accepts(address: str, port: int) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         if arguments.print:
-            read_template(arguments.config)
+            load(arguments.config)
             print(real_machines(arguments.config, arguments.model))
             return 0
         run(arguments)
@@ -253,11 +259,12 @@ def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Until Ctrl-C, or until something of the cluster ends by itself. Raises `ClusterError`."""
+    template = read_template(arguments.config)
     if (reason := why_not() or missing_client()) is not None:
         raise ClusterError(f"{reason} What to run on real machines: ./scripts/cluster --print")
-    template = read_template(arguments.config)
     recipe = RECIPES.get(arguments.model)
     model = Path(arguments.model).absolute() if recipe is None else make_model(recipe)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     folder = Path(tempfile.mkdtemp(prefix="sgl-lmcache-cluster-"))
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -344,7 +351,7 @@ def once(cluster: Cluster) -> None:
     while True:
         _http.open(Request(f"{url(last)}/flush_cache?timeout=30", b""), timeout=ANSWER_TIMEOUT_S).close()
         hit = ask(last)
-        n_stored = hit["meta_info"]["cached_tokens_details"].get("storage", 0)
+        n_stored = (hit["meta_info"]["cached_tokens_details"] or {}).get("storage", 0)
         if hit["text"] != cold["text"]:
             raise ClusterError(f"The nodes answer differently: {cold['text']!r} and {hit['text']!r}.")
         if n_stored > hit["meta_info"]["prompt_tokens"] / 2:
@@ -366,7 +373,10 @@ def ask(place: Place) -> Any:
 def how_to_use(cluster: Cluster, request: Path) -> str:
     first, last = cluster.nodes[0], cluster.nodes[-1]
     servers = "\n".join(f"  node {number:<3} {url(place)}" for number, place in enumerate(cluster.nodes, 1))
-    ask = "curl --noproxy '*' -s {}/generate -H 'Content-Type: application/json' -d @{} | grep -o '\"cached_tokens.*'"
+    ask = (
+        "curl --noproxy '*' -s {}/generate -H 'Content-Type: application/json' -d @{} \\\n"
+        "      | grep -oE '\"cached_tokens_details\":(null|\\{{[^}}]*})'"
+    )
     return f"""
 The servers, which this machine reaches:
 

@@ -225,5 +225,5 @@ def _ip(*arguments: str) -> str:
     result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         complaint = " ".join(result.stderr.split()) or f"exit code {result.returncode}"
-        raise ClusterError(f"This machine does not do `ip {' '.join(arguments)}`: {complaint}")
+        raise ClusterError(f"This machine refuses `ip {' '.join(arguments)}`: {complaint.rstrip('.')}.")
     return result.stdout
