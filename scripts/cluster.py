@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any, Self
 from urllib.request import ProxyHandler, Request, build_opener
 
 import yaml
-from cluster_network import ClusterError, Network, Place, why_not
+from cluster_network import ClusterError, Network, Place, locked, why_not
 from demo_server import end_group, tail
 
 from sgl_lmcache import config, serve
@@ -35,6 +35,7 @@ from sgl_lmcache.cpu.model import RECIPES, make_model
 from sgl_lmcache.errors import StartError
 
 TEMPLATE = Path(__file__).with_name("cluster.yaml")
+FOLDER_PREFIX = "sgl-lmcache-cluster-"
 PORT = 30000
 """Of every server: each has an address of its own."""
 
@@ -265,9 +266,8 @@ def run(arguments: argparse.Namespace) -> None:
     recipe = RECIPES.get(arguments.model)
     model = Path(arguments.model).absolute() if recipe is None else make_model(recipe)
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    folder = Path(tempfile.mkdtemp(prefix="sgl-lmcache-cluster-"))
     with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder = stack.enter_context(temporary_folder())
         say(f"starting a master and {arguments.nodes} servers; logs are in {folder}")
         cluster = stack.enter_context(Cluster(arguments.nodes, template, folder))
         servers = []
@@ -292,6 +292,20 @@ def run(arguments: argparse.Namespace) -> None:
             for server in servers:
                 server.check_alive()
             time.sleep(POLL_S)
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Removed at the end. It is locked meanwhile, so that those of killed runs can be told, and are removed now."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*"):
+        with suppress(OSError), locked(left, wait=False):
+            shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+    with locked(folder):
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def ask_to_end(processes: Sequence[Process]) -> None:
@@ -373,10 +387,6 @@ def ask(place: Place) -> Any:
 def how_to_use(cluster: Cluster, request: Path) -> str:
     first, last = cluster.nodes[0], cluster.nodes[-1]
     servers = "\n".join(f"  node {number:<3} {url(place)}" for number, place in enumerate(cluster.nodes, 1))
-    ask = (
-        "curl --noproxy '*' -s {}/generate -H 'Content-Type: application/json' -d @{} \\\n"
-        "      | grep -oE '\"cached_tokens_details\":(null|\\{{[^}}]*})'"
-    )
     return f"""
 The servers, which this machine reaches:
 
@@ -386,10 +396,18 @@ One pool for all; its master is at {cluster.master.address}, its configuration i
 
 Send a prompt to one server, and the same to another; what came from the pool is counted as "storage":
 
-  {ask.format(url(first), request)}
-  {ask.format(url(last), request)}
+{curl(first, request)}
+{curl(last, request)}
 
 Look into a node, here the first: ip netns exec {first.name} ss -tnp"""
+
+
+def curl(place: Place, request: Path) -> str:
+    """The command that asks, and shows where the prompt's KV was found."""
+    shown = r"""grep -oE '"cached_tokens_details":(null|\{[^}]*})'"""
+    return f"""\
+  curl --noproxy '*' -s {url(place)}/generate -H 'Content-Type: application/json' \\
+      -d @{request} | {shown}"""
 
 
 def real_machines(path: Path, model: str) -> str:

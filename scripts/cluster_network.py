@@ -101,7 +101,7 @@ class Network:
 
     def __enter__(self) -> Self:
         try:
-            with _locked(LOCKS / f"{PREFIX.rstrip('-')}.lock"):  # two that start at once take different names
+            with locked(LOCKS / f"{PREFIX.rstrip('-')}.lock"):  # two that start at once take different names
                 remove_stale()
                 self._make()
         except BaseException:
@@ -119,7 +119,7 @@ class Network:
             identity = secrets.token_hex(2)
         lock = _lock_path(identity)
         self._exit.callback(lock.unlink, missing_ok=True)
-        self._exit.enter_context(_locked(lock))
+        self._exit.enter_context(locked(lock))
         self._exit.callback(_remove, identity)
         network, bridge = _free_network(), PREFIX + identity
         self.host_address = str(network[1])
@@ -149,13 +149,9 @@ def remove_stale() -> None:
     """Remove what was left behind by runs that could not: killed ones."""
     for identity in _identities():
         path = _lock_path(identity)
-        with path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        with suppress(BlockingIOError), locked(path, wait=False):
             _remove(identity)
-        path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def _remove(identity: str) -> None:
@@ -209,15 +205,20 @@ def _free_network() -> ipaddress.IPv4Network:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the exclusive lock of a file, which is made if needed, waiting for it."""
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Holds the exclusive lock of a folder, or of a file that is made if needed.
+
+    wait: until it is free; otherwise BlockingIOError is raised if it is not.
+    """
     try:
-        file = path.open("a")
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if path.is_dir() else os.O_CREAT), 0o600)
     except OSError as error:
-        raise ClusterError(f"{path} cannot be written ({error.strerror}).") from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        raise ClusterError(f"{path} cannot be opened ({error.strerror}).") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
+    finally:
+        os.close(fd)
 
 
 def _ip(*arguments: str) -> str:

@@ -55,7 +55,7 @@ N_DOCUMENTS = 60
 N_REQUESTS = 100
 LEAST_SHARE = 0.3
 
-TROUBLE = Trouble(delayed=0.1, delay_s=(0.001, 0.03), stalled=0.004, stall_s=(0.5, 3.0), reset=0.004)
+TROUBLE = Trouble(delayed=0.2, delay_s=(0.001, 0.03), stalled=0.002, stall_s=(0.5, 3.0), reset=0.002)
 
 
 class Pool:
