@@ -18,6 +18,9 @@ written and the same KV computed by prefill are rounded differently, so that sto
 Where a prompt's KV was found is what a server says about each request (`cached_tokens_details`), never guessed from
 times. The exit code is 0 only if the story holds: the documents left HBM, came back from host memory, from the SSD
 after the restart, and from Valkey on the other server, and not one token of any answer differs.
+
+With `--cluster` the third server shares a Mooncake Store with the second instead: a pool of memory that both make up,
+so the second goes on running beside it.
 """
 
 from __future__ import annotations
@@ -30,13 +33,25 @@ import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from types import FrameType
 
-from demo_server import Client, Deadline, DemoError, Message, Reply, check_port, free_port, running, valkey
+from demo_server import (
+    Client,
+    Deadline,
+    DemoError,
+    Message,
+    Reply,
+    check_port,
+    free_port,
+    mooncake_master,
+    running,
+    valkey,
+)
 from demo_text import CHAT_TURNS, Document, documents
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -45,6 +60,7 @@ from rich.table import Table
 
 from sgl_lmcache import BACKEND, cpu, serve
 from sgl_lmcache.cpu.model import RECIPES, make_model
+from sgl_lmcache.mooncake import why_unusable
 
 POOL_ROOM_TOKENS = 1536
 """What the KV pool holds besides one document: a question, its answer, the chat."""
@@ -125,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
         deadline = Deadline(arguments.time_limit)
+        if arguments.cluster and (missing := why_unusable()):
+            raise DemoError(f"--cluster needs Mooncake: {missing}.")
         if arguments.port is not None:
             check_port(arguments.port)
         without, cached = tell(arguments, deadline, progress_console)
@@ -149,6 +167,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answer-tokens", type=int, default=8, help="length of each answer (default 8)")
     parser.add_argument("--host-capacity", default="1GiB", help="size of the host tier (default 1GiB)")
     parser.add_argument("--ssd-capacity", default="1GiB", help="size of the SSD tier, in a temporary folder (1GiB)")
+    parser.add_argument("--cluster", action="store_true", help="share a Mooncake Store instead of a Valkey")
     parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--time-limit", type=float, default=600, help="seconds after which it gives up (default 600)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -185,38 +204,57 @@ def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) ->
         port = free_port() if arguments.port is None else arguments.port
         recipe = RECIPES.get(arguments.model)
         model = arguments.model if recipe is None else str(make_model(recipe))
-        common = ["--model-path", model, "--host", "127.0.0.1", "--port", str(port), "--page-size", str(PAGE_SIZE)]
+        common = ["--model-path", model, "--host", "127.0.0.1", "--page-size", str(PAGE_SIZE)]
+        common += ["--sleep-on-idle"] if arguments.cluster else []  # two servers share the cores then
         common += ["--max-total-tokens", str(arguments.document_tokens + POOL_ROOM_TOKENS)]
 
         show("starting stock SGLang")
-        with running(stock_server(common), port=port, log=folder / "server.log", deadline=deadline) as client:
+        with running(
+            stock_server([*common, "--port", str(port)]), port=port, log=folder / "server.log", deadline=deadline
+        ) as client:
             advance("stock SGLang is ready")
             prompts, answers = chat(client, n_answer, advance)
             prompts |= questions(documents(client.count_tokens, arguments.document_tokens))
             client.flush()
             without = follow(client, SCHEDULE, prompts, answers, n_answer, advance)
 
-        cached = []
-        with valkey(folder, deadline, "--maxmemory", "2gb", "--maxmemory-policy", "allkeys-lru") as (host, store_port):
+        cached: list[Outcome] = []
+        with shared_store(arguments, folder, deadline) as shared, ExitStack() as stack:
             tiers = [
                 f"{{type: host, capacity: {arguments.host_capacity}}}",
                 f'{{type: ssd, path: "{folder / "store"}", capacity: {arguments.ssd_capacity}}}',
-                f'{{type: valkey, url: "valkey://{host}:{store_port}"}}',
+                shared,
             ]
-            first, second = (
-                cached_server(common, folder, "first", tiers),
-                cached_server(common, folder, "second", tiers[::2]),
-            )
-            for launch, schedule, which in (
-                (first, SCHEDULE + MORE, "SGLang with the cache"),
-                (first, RESTARTED, "SGLang with the cache again"),
-                (second, SHARED, "another SGLang with the same Valkey"),
-            ):
+
+            def run(which: str, tiers: Sequence[str], schedule: Schedule, stack: ExitStack, port: int = port) -> None:
                 show(f"starting {which}")
-                with running(launch, port=port, log=folder / "server.log", deadline=deadline) as client:
-                    advance(f"{which} is ready")
-                    cached += follow(client, schedule, prompts, answers, n_answer, advance)
+                log = folder / f"{which}.log"
+                launch = cached_server([*common, "--port", str(port)], folder, which, tiers)
+                client = stack.enter_context(running(launch, port=port, log=log, deadline=deadline))
+                advance(f"{which} is ready")
+                cached.extend(follow(client, schedule, prompts, answers, n_answer, advance))
+
+            with ExitStack() as alone:
+                run("SGLang with the cache", tiers, SCHEDULE + MORE, alone)
+            if arguments.cluster:
+                run("SGLang with the cache again", tiers, RESTARTED, stack)
+                run("another SGLang beside it", tiers[::2], SHARED, stack, free_port())
+            else:
+                with ExitStack() as alone:
+                    run("SGLang with the cache again", tiers, RESTARTED, alone)
+                run("another SGLang with the same store", tiers[::2], SHARED, stack)
     return without, cached
+
+
+@contextmanager
+def shared_store(arguments: argparse.Namespace, folder: Path, deadline: Deadline) -> Iterator[str]:
+    """The store that servers share, and its tier in YAML."""
+    if arguments.cluster:
+        with mooncake_master(folder, deadline) as master:
+            yield f'{{type: mooncake, master: "{master}", segment: 1GiB}}'
+    else:
+        with valkey(folder, deadline, "--maxmemory", "2gb", "--maxmemory-policy", "allkeys-lru") as (host, port):
+            yield f'{{type: valkey, url: "valkey://{host}:{port}"}}'
 
 
 def stock_server(arguments: Sequence[str]) -> serve.Launch:
@@ -316,7 +354,7 @@ def broken(without: Sequence[Outcome], cached: Sequence[Outcome]) -> list[str]:
         if outcome.row is Row.RESTARTED and reply.n_storage * 2 < reply.n_prompt:
             sentences.append(f"{name} was to come from the SSD: {reply.n_storage} of {reply.n_prompt} tokens did.")
         if outcome.row is Row.SHARED and reply.n_storage * 2 < reply.n_prompt:
-            sentences.append(f"{name} was to come from Valkey: {reply.n_storage} of {reply.n_prompt} tokens did.")
+            sentences.append(f"{name} was to be shared: {reply.n_storage} of {reply.n_prompt} tokens were.")
         if outcome.differs:
             sentences.append(f"The answer to {name} ({outcome.row.value}) differs from that without the cache.")
     return sentences
@@ -334,10 +372,10 @@ def report(model: str, lines: Sequence[Line], failures: Sequence[str], elapsed_s
 
 
 def present(console: Console, lines: Sequence[Line], failures: Sequence[str], elapsed_s: float) -> None:
-    title = "SGLang with KV cache in host memory, on SSD and in Valkey"
+    title = "SGLang with KV cache in host memory, on SSD and in a store that servers share"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("requests", no_wrap=True)
-    headings = ("TTFT s\nstock", "TTFT s\nwith", "prompt\ntokens", "in\nHBM", "in\nhost", "SSD,\nValkey", "differ")
+    headings = ("TTFT s\nstock", "TTFT s\nwith", "prompt\ntokens", "in\nHBM", "in\nhost", "below\nhost", "differ")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:

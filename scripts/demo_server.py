@@ -22,6 +22,9 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from sgl_lmcache.config import MooncakeTier
+from sgl_lmcache.mooncake_master import find_program
+from sgl_lmcache.mooncake_master import flags as mooncake_flags
 from sgl_lmcache.serve import Launch
 
 POLL_S = 0.25
@@ -217,18 +220,34 @@ def valkey(folder: Path, deadline: Deadline, *more_options: str) -> Iterator[tup
 
     port = free_port()
     options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", *more_options)
-    with (folder / "valkey.log").open("wb") as output:
-        command = [str(get_binary_path()), *options]
+    with _listening([str(get_binary_path()), *options], port, folder / "valkey.log", deadline):
+        yield "127.0.0.1", port
+
+
+@contextmanager
+def mooncake_master(folder: Path, deadline: Deadline) -> Iterator[str]:
+    """The master of a Mooncake Store on loopback, as `sgl-lmcache mooncake-master` starts it. Yields its address."""
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    flags = mooncake_flags(MooncakeTier(master=address), address="127.0.0.1", metrics_port=free_port())
+    with _listening([find_program(), *flags], port, folder / "mooncake.log", deadline):
+        yield address
+
+
+@contextmanager
+def _listening(command: Sequence[str], port: int, log: Path, deadline: Deadline) -> Iterator[None]:
+    """A program that serves others, from when it listens until it is ended."""
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command, cwd=log.parent, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     try:
         while not _listens(port):
             if process.poll() is not None:
-                raise DemoError(f"Valkey ended before it was ready. The end of its log:\n{tail(folder / 'valkey.log')}")
+                raise DemoError(f"{command[0]} ended before it was ready. The end of its log:\n{tail(log)}")
             deadline.remaining_s()
             time.sleep(POLL_S)
-        yield "127.0.0.1", port
+        yield
     finally:
         end_group(process)
 

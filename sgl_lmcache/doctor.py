@@ -31,6 +31,7 @@ from sgl_lmcache.config import VARIABLE, Config, ConfigError, SsdTier, ValkeyTie
 from sgl_lmcache.cpu import has_gpu
 from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.memory import Memory, format_nbytes, host_capacity, read_memory
+from sgl_lmcache.mooncake import PoolReading, read_pool
 from sgl_lmcache.seam_table import SEAMS
 from sgl_lmcache.store import Store, read_store
 
@@ -81,6 +82,7 @@ def examine(env: Mapping[str, str], *, port: int = DEFAULT_PORT) -> list[Finding
         check_memory(read_memory(), config, gpu=gpu),
         *(_examine_ssd(config.ssd) if config.ssd is not None else ()),
         *(_examine_valkey(config.valkey, env) if config.valkey is not None else ()),
+        *([check_mooncake(read_pool(config.mooncake))] if config.mooncake is not None else []),
         check_compiler(compiler, links_openssl=_links_openssl(compiler)),
         check_ninja(shutil.which("ninja"), Path(sys.executable).parent),
         check_python_headers(Path(sysconfig.get_path("include"))),
@@ -224,6 +226,17 @@ def check_valkey_encryption(store: Store) -> Finding:
         return Finding(check, Level.OK, "TLS" if store.is_encrypted else "not needed on one machine")
     what = "KV, which is as good as the prompts, crosses the network in plain text"
     return Finding(check, Level.WARN, what, "use valkeys:// and TLS on the store: docs/valkey.md")
+
+
+def check_mooncake(pool: PoolReading) -> Finding:
+    """A master that fails never stops a server, but a client that cannot be used does."""
+    check = "Mooncake"
+    if pool.refusal:
+        return Finding(check, Level.FAIL, pool.refusal, "or remove the mooncake tier: docs/mooncake.md")
+    if pool.trouble:
+        what = f"{pool.trouble}; a server would start, and go on without it"
+        return Finding(check, Level.WARN, what, "start the master, or put the tier's keys right: docs/mooncake.md")
+    return Finding(check, Level.OK, f"the master at {pool.master} answers; this node would be {pool.address}")
 
 
 def check_compiler(compiler: Sequence[str], *, links_openssl: bool) -> Finding:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
 from typing import Final
 
 from hicache.mooncake import Pool
@@ -36,6 +40,43 @@ def pool_of(tier: MooncakeTier, n_ranks: int) -> Pool:
         soft_pin_s=None if tier.soft_pin is None else float(tier.soft_pin),
         timeout_s=float(tier.timeout),
     )
+
+
+def why_unusable() -> str:
+    """Why Mooncake's client cannot be used with this Python, and what to install; empty if it can. Without a full stop.
+
+    Asked of a process of its own: the client is not to be loaded into this one. Blocks for a second or so.
+    """
+    tried = subprocess.run([sys.executable, "-c", "import mooncake.store"], capture_output=True, text=True, check=False)
+    if tried.returncode == 0:
+        return ""
+    return explain_unusable((tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class PoolReading:
+    """What the doctor sees of a pool. refusal: why no server would start; trouble: why it would start without it."""
+
+    master: str
+    address: str = ""
+    refusal: str = ""
+    trouble: str = ""
+
+
+def read_pool(tier: MooncakeTier) -> PoolReading:
+    """Whether the client can be used, and the master be reached. Adds nothing to the pool. Blocks for some seconds."""
+    refusal = why_unusable()
+    if refusal or tier.master.startswith("etcd://"):  # which of several masters leads only the client can ask
+        return PoolReading(tier.master, tier.address or "", refusal)
+    address = split_address(tier.master, MASTER_PORT)
+    assert address is not None
+    try:
+        with socket.create_connection(address, float(tier.timeout)) as connection:
+            own = tier.address or str(connection.getsockname()[0])
+    except OSError as error:
+        why = error.strerror or "no answer in time"
+        return PoolReading(tier.master, trouble=f"no master answers at {address[0]}:{address[1]} ({why})")
+    return PoolReading(tier.master, own)
 
 
 def explain_unusable(error: str) -> str:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from hicache.ssd.locks import lock_directory
-from sgl_lmcache import SGLANG_VERSION, doctor
-from sgl_lmcache.config import Config, ConfigError, Nbytes, SsdTier, parse
+from sgl_lmcache import SGLANG_VERSION, doctor, mooncake
+from sgl_lmcache.config import Config, ConfigError, MooncakeTier, Nbytes, SsdTier, parse
 from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.doctor import Finding, Level
 from sgl_lmcache.memory import Memory
 from sgl_lmcache.store import Store
+from tests.support.mooncake import master
 
 GIB = 2**30
 
@@ -283,3 +284,14 @@ def test_valkey() -> None:
     assert_bad(doctor.check_valkey_encryption(Store("valkey://kv")), Level.WARN, "plain text", "valkeys://")
     assert_bad(doctor.check_valkey(Store("x", trouble="kv:1 hangs")), Level.WARN, "kv:1 hangs; a server", "valkey.md")
     assert_bad(doctor.check_valkey(Store("x", refusal="no client")), Level.FAIL, "no client", "pip install")
+
+
+def test_mooncake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with master(tmp_path / "master") as running:
+        tier = MooncakeTier(master=running.pool().master)
+        reading = mooncake.read_pool(tier)
+        assert reading.address == "127.0.0.1"
+        assert_ok(doctor.check_mooncake(reading))
+    assert_bad(doctor.check_mooncake(mooncake.read_pool(tier)), Level.WARN, "no master answers at 127.0.0.1", "start")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert_bad(doctor.check_mooncake(mooncake.read_pool(tier)), Level.FAIL, "cannot be used here", "docs/mooncake.md")

@@ -26,6 +26,9 @@ from hicache.mooncake import messages
 from hicache.mooncake.messages import Connect, Ready, Reply, Start
 from hicache.mooncake.store import MasterError, PageStore
 
+SWITCH_INTERVAL_S: Final = 1e-4
+"""A thread that verifies pages keeps one whose transfer has ended waiting no longer."""
+
 LEAVE_TIMEOUT_S: Final = 5.0
 """So long the segment may take to be taken out; then the process ends anyway."""
 
@@ -33,6 +36,7 @@ LEAVE_TIMEOUT_S: Final = 5.0
 def main(argument: str) -> None:
     start = msgspec.json.decode(argument, type=Start)
     threading.excepthook = _die
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its memory is KV, which is as good as the prompts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the server, which says when to end
     geometry = start.geometry

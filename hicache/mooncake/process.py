@@ -36,7 +36,7 @@ KILL_SLACK_S: Final = 5.0
 """... and the process is killed that has not answered so much later. That is before GIVE_UP_S, so that an answer is
 never of a call that Mooncake has given up."""
 
-MAX_PIECE_PAGES: Final = 16
+MAX_PIECE_PAGES: Final = 32
 
 SLACK_S: Final = 1.3
 """What Mooncake's time-out of a transfer takes beyond what was asked for, at most (measured)."""
@@ -57,21 +57,24 @@ class ProcessError(OSError):
     """The client process has ended, or has been ended: the sentence says why."""
 
 
-def piece_pages(n_connections: int, timeout_s: float) -> int:
+def piece_pages(timeout_s: float) -> int:
     """How many pages a call may move.
 
     A page is two transfers. A node that falls silent lets those in its lanes time out, and then the next, and if they
-    are many Mooncake gives the call up before the last has ended. So few that with all connections busy they are
-    through within DRAIN_S; and no more than 16, which are as fast as many (docs/benchmarks.md).
+    are many Mooncake gives the call up before the last has ended. So few that they are through within DRAIN_S; and no
+    more than MAX_PIECE_PAGES, which are as fast as many (docs/benchmarks.md).
     """
     n_rounds = int(DRAIN_S / (timeout_s + SLACK_S))
-    return max(1, min(MAX_PIECE_PAGES, n_rounds * N_LANES // (2 * n_connections)))
+    return max(1, min(MAX_PIECE_PAGES, n_rounds * N_LANES // 2))
 
 
-def kill_after_s(n_connections: int, timeout_s: float) -> float:
-    """How long a call may take. What has no time-out in Mooncake, as a greeting that nobody answers, takes longer."""
-    n_rounds = math.ceil(2 * n_connections * piece_pages(n_connections, timeout_s) / N_LANES)
-    return min(DRAIN_S, n_rounds * (timeout_s + SLACK_S)) + KILL_SLACK_S
+def kill_after_s(timeout_s: float) -> float:
+    """How long a call may take. What has no time-out in Mooncake, as a greeting that nobody answers, takes longer.
+
+    A call may have to wait for another first, which has found out that a node is silent.
+    """
+    n_rounds = math.ceil(2 * piece_pages(timeout_s) / N_LANES)
+    return min(DRAIN_S, 2 * n_rounds * (timeout_s + SLACK_S)) + KILL_SLACK_S
 
 
 class ClientProcess:
@@ -87,7 +90,7 @@ class ClientProcess:
         theirs = [their for _, their in pairs]
         self._log = os.fdopen(os.memfd_create("sgl-lmcache-mooncake.log", os.MFD_CLOEXEC), "rb")
         self._reaping = threading.Lock()
-        self._kill_after_s = kill_after_s(n_connections, pool.timeout_s)
+        self._kill_after_s = kill_after_s(pool.timeout_s)
         start = Start(pool, geometry, slab_fd, tuple(end.fileno() for end in theirs))
         try:
             self._process = subprocess.Popen(

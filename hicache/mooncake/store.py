@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, Final
@@ -56,6 +57,10 @@ class PageStore:
         self._slab_address = _address(slab)
         self._headers = mmap.mmap(-1, geometry.n_slots * HEADER_NBYTES)
         self._headers_address = _address(self._headers)
+        self._loading = threading.Lock()
+        self._storing = threading.Lock()
+        """One transfer of a kind at a time: Mooncake spins while it waits for one, and the cores are not all ours.
+        Meanwhile another thread verifies what has come before, or takes the checksums of what goes next."""
         self._client: Any = None
         self._owners = Owners(time.monotonic)
 
@@ -118,38 +123,48 @@ class PageStore:
     def load(self, call: Load) -> Reply:
         slots = np.frombuffer(call.slots, np.int32)
         all_names = names(self._geometry.namespace, call.keys)
-        owners = [] if self._owners.all_serve else self._owners_of(all_names)
-        asked = [at for at in range(len(slots)) if not owners or self._owners.may_ask(owners[at])]
-        found = np.full(len(slots), ABSENT, np.int8)
-        if not asked:
-            return _reply(found)
-        asked_names, asked_slots = [all_names[at] for at in asked], slots[asked].tolist()
-        codes = self._client.batch_get_into_multi_buffers(asked_names, *self._buffers(asked_slots))
-        self._check(codes)
-        page_seeds = seeds(call.keys, self._seed)[asked].tolist()
-        found[asked] = [self._judge(*page) for page in zip(codes, asked_slots, page_seeds, strict=True)]
-        news = self._served({owners[at] for at in asked if found[at] == GOOD}) if owners else []
-        failed = [at for at in asked if found[at] == FAILED]
-        if failed:
-            news += self._blame(all_names, failed, found)
-        damaged = [all_names[at] for at in asked if found[at] == CORRUPT]
+        with self._loading:
+            found, news = self._receive(all_names, slots)
+        came = np.flatnonzero(found == UNASKED).tolist()
+        page_seeds = seeds(call.keys, self._seed)
+        found[came] = [self._verify(int(slots[at]), int(page_seeds[at])) for at in came]
+        damaged = [all_names[at] for at in np.flatnonzero(found == CORRUPT).tolist()]
         if damaged:
             self._client.batch_remove(damaged, True)
         return _reply(found, news)
 
-    def _judge(self, code: int, slot: int, seed: int) -> int:
+    def _receive(self, all_names: Sequence[str], slots: NDArray[np.int32]) -> tuple[NDArray[np.int8], list[str]]:
+        """What has become of each page, UNASKED for one that has come and is to be verified; and what is news."""
+        owners = [] if self._owners.all_serve else self._owners_of(all_names)
+        asked = [at for at in range(len(slots)) if not owners or self._owners.may_ask(owners[at])]
+        found = np.full(len(slots), ABSENT, np.int8)
+        if not asked:
+            return found, []
+        buffers = self._buffers(slots[asked].tolist())
+        codes = self._client.batch_get_into_multi_buffers([all_names[at] for at in asked], *buffers)
+        self._check(codes)
+        found[asked] = [self._judge(code) for code in codes]
+        news = self._served({owners[at] for at in asked if found[at] == UNASKED}) if owners else []
+        failed = [at for at in asked if found[at] == FAILED]
+        if failed:
+            news += self._blame(all_names, failed, found)
+        return found, news
+
+    def _judge(self, code: int) -> int:
         """code: how many bytes came, or why none did."""
-        geometry = self._geometry
-        if code == HEADER_NBYTES + geometry.page_nbytes:
-            at = slot * HEADER_NBYTES
-            page_header = self._headers[at : at + HEADER_NBYTES]
-            expected = checksum_in(page_header, geometry.page_nbytes)
-            if expected is not None and expected == checksum(self._payload(slot), seed):
-                return GOOD
-            return OTHER_VERSION if is_other_version(page_header) else CORRUPT
+        if code == HEADER_NBYTES + self._geometry.page_nbytes:
+            return UNASKED
         if code in GONE:
             return ABSENT
         return CORRUPT if code >= 0 or code == INVALID_PARAMS else FAILED
+
+    def _verify(self, slot: int, seed: int) -> int:
+        at = slot * HEADER_NBYTES
+        page_header = self._headers[at : at + HEADER_NBYTES]
+        expected = checksum_in(page_header, self._geometry.page_nbytes)
+        if expected is not None and expected == checksum(self._payload(slot), seed):
+            return GOOD
+        return OTHER_VERSION if is_other_version(page_header) else CORRUPT
 
     def _blame(self, all_names: Sequence[str], failed: Sequence[int], found: NDArray[np.int8]) -> list[str]:
         """Find who has the pages that did not come: that node has failed, or they are not pages at all."""
@@ -184,9 +199,9 @@ class PageStore:
             for slot, seed in zip(absent_slots, seeds(call.keys, self._seed)[absent].tolist(), strict=True):
                 at, payload = slot * HEADER_NBYTES, self._payload(slot)
                 self._headers[at : at + HEADER_NBYTES] = header(len(payload), checksum(payload, seed))
-            codes = self._client.batch_put_from_multi_buffers(
-                [all_names[at] for at in absent], *self._buffers(absent_slots), self._placement()
-            )
+            absent_names, buffers = [all_names[at] for at in absent], self._buffers(absent_slots)
+            with self._storing:
+                codes = self._client.batch_put_from_multi_buffers(absent_names, *buffers, self._placement())
             self._check(codes)
             found[absent] = [_STORED.get(code, FAILED) for code in codes]
         return _reply(found)

@@ -61,7 +61,7 @@ class MooncakeTier(Tier):
             workers=Workers("mooncake", n_connections, clock),
             reads=Breaker(clock),
             writes=Breaker(clock),
-            piece_pages=piece_pages(n_connections, pool.timeout_s),
+            piece_pages=piece_pages(pool.timeout_s),
             process=process,
         )
         self._max_queued_nbytes = max_queued_nbytes
