@@ -50,6 +50,7 @@ class Shared:
     lock: threading.Lock = field(default_factory=threading.Lock)
     queued_nbytes: int = 0
     """Of stores that have not ended."""
+    is_closed: bool = False
     told: set[Breaker] = field(default_factory=set)
     """Those of which the log has been told that they are open."""
 
@@ -263,9 +264,13 @@ class Trial(Work):
     def run(self) -> None:
         shared = self._shared
         if shared.process is None:
-            shared.process = self._start_process()
+            process = self._start_process()
             with shared.lock:
+                shared.process = process
                 shared.counters.restarts += 1
+            if shared.is_closed:
+                shared.lost(process)
+                return
         shared.ask(messages.Connect())
         shared.is_joined = True
 

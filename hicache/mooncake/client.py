@@ -30,7 +30,7 @@ SWITCH_INTERVAL_S: Final = 1e-4
 """A thread that verifies pages keeps one whose transfer has ended waiting no longer."""
 
 LEAVE_TIMEOUT_S: Final = 5.0
-"""So long the segment may take to be taken out; then the process ends anyway."""
+"""So long calls may take to return, and the segment to be taken out; then the process ends anyway."""
 
 
 def main(argument: str) -> None:
@@ -50,7 +50,6 @@ def main(argument: str) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    threading.Timer(LEAVE_TIMEOUT_S, os._exit, (1,)).start()
     store.close()
     os._exit(0)  # no destructor of the library has anything to do any more
 
@@ -72,10 +71,14 @@ def _die(crash: threading.ExceptHookArgs) -> None:
 def _serve(connection: socket.socket, store: PageStore, ready: Ready) -> None:
     """Answer one call after another."""
     decode = msgspec.msgpack.Decoder(messages.Call).decode
-    with suppress(ConnectionError):  # the rank has gone
+    with suppress(ConnectionError):
         connection.send(msgspec.msgpack.encode(ready))
         while message := connection.recv(messages.MAX_NBYTES):
             connection.send(msgspec.msgpack.encode(_answer(store, decode(message))))
+    # The rank has gone, and all connections with it. Others may be in a call that does not return.
+    end = threading.Timer(LEAVE_TIMEOUT_S, os._exit, (1,))
+    end.daemon = True
+    end.start()
 
 
 def _answer(store: PageStore, call: messages.Call) -> Reply:

@@ -130,8 +130,9 @@ class ClientProcess:
             connection.close()
             raise
         self._idle.append(connection)
-        if os.fstat(self._log.fileno()).st_size > LOG_NBYTES:
-            os.ftruncate(self._log.fileno(), 0)
+        with suppress(ValueError):  # another call has met its end, and has released it
+            if os.fstat(self._log.fileno()).st_size > LOG_NBYTES:
+                os.ftruncate(self._log.fileno(), 0)
         return reply
 
     def _send(self, connection: socket.socket, message: Call) -> None:

@@ -163,8 +163,8 @@ class MooncakeTier(Tier):
         """Withdraw what is queued, wait for what is under way as long as it may take, and leave the pool."""
         if self._closed:
             return
-        self._closed = True
         shared = self._shared
+        self._closed = shared.is_closed = True
         wait_s = 1.0 + _HANGS_AFTER * shared.pool.timeout_s
         is_quiet = shared.workers.stop(wait_s)
         if not is_quiet and shared.process is not None:

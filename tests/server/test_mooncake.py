@@ -11,7 +11,7 @@ import pytest
 from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest, running
 from tests.server.traffic import Tolerance, prompt, reusable
 from tests.support.mooncake import Master, master
-from tests.support.server import ANSWER_TIMEOUT_S, Server, Setup, wait_for
+from tests.support.server import Server, Setup, wait_for
 
 pytestmark = pytest.mark.server
 

@@ -2,54 +2,52 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hicache.mooncake import Pool
+from sgl_lmcache.mooncake_master import find_program
 from tests.support.processes import free_port, wait_for
 
 START_TIMEOUT_S = 30.0
 ADDRESS = "127.0.0.1"
 
 
-def master_binary() -> str:
-    beside = Path(sys.executable).with_name("mooncake_master")
-    found = str(beside) if beside.exists() else shutil.which("mooncake_master")
-    assert found is not None, "the package mooncake-transfer-engine-non-cuda brings mooncake_master"
-    return found
-
-
 class Master:
-    """One master. lease: how long it protects a page that somebody has looked up, as its flag takes it."""
+    """One master. options: its flags, but for its ports. lease: how long it protects what somebody has looked up."""
 
-    def __init__(self, folder: Path, *options: str, lease: str = "2s", binary: str | None = None) -> None:
-        self.port = free_port()
+    def __init__(
+        self, folder: Path, *options: str, lease: str = "2s", port: int | None = None, metrics_port: int | None = None
+    ) -> None:
+        self.port = port or free_port()
+        self._metrics_port = metrics_port or free_port()
         self._folder = folder
         self._command = [
-            binary or master_binary(),
+            find_program(),
+            *options,
             f"--rpc_port={self.port}",
-            f"--metrics_port={free_port()}",
+            f"--metrics_port={self._metrics_port}",
             f"--default_kv_lease_ttl={lease}",
             "--client_ttl=3",
             "--logtostderr",
-            *options,
         ]
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *, waits: bool = True) -> None:
+        """waits: until it takes calls, which one of several does only when it leads."""
         self._folder.mkdir(exist_ok=True)
         with (self._folder / "log").open("ab") as log:
             self._process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
-        wait_for("the master accepts connections", self._accepts, START_TIMEOUT_S)
+        if waits:
+            wait_for("the master accepts connections", self.leads, START_TIMEOUT_S)
 
-    def _accepts(self) -> bool | None:
+    def leads(self) -> bool | None:
+        """True if it takes calls; None before, as `wait_for` wants it."""
         assert self._process is not None
         assert self._process.poll() is None, (self._folder / "log").read_text(encoding="utf-8")[-2000:]
         try:
@@ -85,10 +83,10 @@ class Master:
 
 
 @contextmanager
-def master(folder: Path, *options: str, lease: str = "2s", binary: str | None = None) -> Iterator[Master]:
-    started = Master(folder, *options, lease=lease, binary=binary)
+def master(folder: Path, *options: str, waits: bool = True, **settings: Any) -> Iterator[Master]:
+    started = Master(folder, *options, **settings)
     try:
-        started.start()
+        started.start(waits=waits)
         yield started
     finally:
         started.kill()
