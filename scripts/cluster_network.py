@@ -87,6 +87,15 @@ class Place:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(POLL_S)
 
+    @contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """What is sent from there or to there is lost, as with the cable pulled, until the context is left."""
+        _ip("link", "set", self.name, "down")
+        try:
+            yield
+        finally:
+            _ip("link", "set", self.name, "up")
+
 
 class Network:
     """`n_places` namespaces on a bridge, for as long as the context is entered. Leaving it kills what runs in them."""

@@ -145,21 +145,9 @@ def test_nodes_share_and_go_on_without_one_of_them_and_without_the_master(pool: 
     assert (hit.storage_tokens, hit.device_tokens, hit.host_tokens) == (reusable(tokens), 0, 0)
     Tolerance(0.0).check(hit, cold)
 
-    documents = [prompt(("on node 0", number), N_TOKENS) for number in range(N_CLIENTS)]
-    expected = [pool[0].generate(document) for document in documents]
-    pool[0].at_rest()
-    cold_s = [
-        time_s(pool[number], [prompt(("cold", number, i), N_TOKENS) for i in range(N_CLIENTS)]) for number in (1, 2)
-    ]
     whole = pool.capacity()
-
-    pool.kill(0)
-    for number, prompt_cold_s in zip((1, 2), cold_s, strict=True):
-        took_s = time_s(pool[number], documents, expected)
-        assert took_s < PREFETCH_TIMEOUT_S + 10 * prompt_cold_s, "later than deadline and recompute"
-    wait_for("nodes 1 and 2 share", lambda: shares(pool[1], pool[2]), ANSWER_TIMEOUT_S)
-    wait_for("the master has forgotten node 0", lambda: pool.capacity() < whole or None, ANSWER_TIMEOUT_S)
-    wait_for("nodes 1 and 2 share without node 0", lambda: shares(pool[2], pool[1]), ANSWER_TIMEOUT_S)
+    with gone_on_without_node_0(pool, "killed") as (documents, expected, limit_s):
+        pool.kill(0)
 
     pool.start(0)
     wait_for("its segment is in the pool again", lambda: pool.capacity() == whole or None, ANSWER_TIMEOUT_S)
@@ -167,9 +155,41 @@ def test_nodes_share_and_go_on_without_one_of_them_and_without_the_master(pool: 
     wait_for("it loads what others have stored", lambda: shares(pool[2], pool[0]), ANSWER_TIMEOUT_S)
 
     pool.cluster.kill_master()
-    took_s = time_s(pool[1], documents, expected)
-    assert took_s < PREFETCH_TIMEOUT_S + 10 * cold_s[0], "later than deadline and recompute"
+    assert time_s(pool[1], documents, expected) < limit_s, "later than deadline and recompute"
     pool.cluster.start_master()
+    check_whole(pool, whole)
+
+
+def test_nodes_go_on_while_one_of_them_is_cut_off(pool: Pool) -> None:
+    """Nothing tells the others that it is gone: what they send it is lost."""
+    whole = pool.capacity()
+    with ExitStack() as stack, gone_on_without_node_0(pool, "cut off"):
+        stack.enter_context(pool.cluster.nodes[0].cut_off())
+    check_whole(pool, whole)
+
+
+@contextmanager
+def gone_on_without_node_0(pool: Pool, name: str) -> Iterator[tuple[list[Prompt], list[Answer], float]]:
+    """Inside, node 0 is to be lost; then the others are asked for what it has stored, and what they store they share.
+
+    Yields what it has stored, the answers, and how long a node may take for it: the deadline and the computation.
+    """
+    documents = [prompt((name, number), N_TOKENS) for number in range(N_CLIENTS)]
+    expected = [pool[0].generate(document) for document in documents]
+    pool[0].at_rest()
+    unknown = [[prompt((name, "cold", node, number), N_TOKENS) for number in range(N_CLIENTS)] for node in (1, 2)]
+    limit_s = PREFETCH_TIMEOUT_S + 10 * max(time_s(pool[1], unknown[0]), time_s(pool[2], unknown[1]))
+    whole = pool.capacity()
+    yield documents, expected, limit_s
+    for number in (1, 2):
+        assert time_s(pool[number], documents, expected) < limit_s, "later than deadline and recompute"
+    wait_for("nodes 1 and 2 share", lambda: shares(pool[1], pool[2]), ANSWER_TIMEOUT_S)
+    wait_for("the master has forgotten node 0", lambda: pool.capacity() < whole or None, ANSWER_TIMEOUT_S)
+    wait_for("nodes 1 and 2 share without node 0", lambda: shares(pool[2], pool[1]), ANSWER_TIMEOUT_S)
+
+
+def check_whole(pool: Pool, whole: float) -> None:
+    """All nodes share again, and have all segments."""
     for writer, reader in ((0, 1), (1, 2), (2, 0)):
         wait_for(
             f"node {reader} loads what node {writer} stores",
