@@ -37,11 +37,11 @@ N_PORTS = 24
 """Among which a node chooses the two that it listens on, so that a proxy can listen on all of them."""
 
 PREFETCH_TIMEOUT_S = 3
-SEGMENT = "128MiB"
+SEGMENT_NBYTES = 128 << 20
 TEMPLATE = {
     "tiers": [
         {"type": "host", "capacity": "12MiB"},
-        {"type": "mooncake", "master": "nowhere:50051", "segment": SEGMENT, "timeout": "1s"},
+        {"type": "mooncake", "master": "nowhere:50051", "segment": SEGMENT_NBYTES, "timeout": "1s"},
     ],
     "prefetch": {"policy": "wait", "timeout": f"{PREFETCH_TIMEOUT_S}s"},
 }
@@ -103,11 +103,11 @@ class Pool:
         for number in range(N_NODES):
             self.kill(number)
 
-    def capacity(self) -> float:
-        """Bytes of all segments that the master knows."""
+    def is_whole(self) -> bool | None:
+        """Whether the master knows the segments of all nodes; None: it does not, as `wait_for` wants it."""
         text = httpx.get(f"http://{self.cluster.master.address}:{METRICS_PORT}/metrics", trust_env=False).text
         values = dict(line.split()[:2] for line in text.splitlines() if line and not line.startswith("#"))
-        return float(values["master_total_capacity_bytes"])
+        return float(values["master_total_capacity_bytes"]) == N_NODES * SEGMENT_NBYTES or None
 
 
 def node_ports(number: int) -> range:
@@ -145,27 +145,25 @@ def test_nodes_share_and_go_on_without_one_of_them_and_without_the_master(pool: 
     assert (hit.storage_tokens, hit.device_tokens, hit.host_tokens) == (reusable(tokens), 0, 0)
     Tolerance(0.0).check(hit, cold)
 
-    whole = pool.capacity()
     with gone_on_without_node_0(pool, "killed") as (documents, expected, limit_s):
         pool.kill(0)
 
     pool.start(0)
-    wait_for("its segment is in the pool again", lambda: pool.capacity() == whole or None, ANSWER_TIMEOUT_S)
+    wait_for("its segment is in the pool again", pool.is_whole, ANSWER_TIMEOUT_S)
     wait_for("what it stores is loaded elsewhere", lambda: shares(pool[0], pool[1]), ANSWER_TIMEOUT_S)
     wait_for("it loads what others have stored", lambda: shares(pool[2], pool[0]), ANSWER_TIMEOUT_S)
 
     pool.cluster.kill_master()
     assert time_s(pool[1], documents, expected) < limit_s, "later than deadline and recompute"
     pool.cluster.start_master()
-    check_whole(pool, whole)
+    check_whole(pool)
 
 
 def test_nodes_go_on_while_one_of_them_is_cut_off(pool: Pool) -> None:
     """Nothing tells the others that it is gone: what they send it is lost."""
-    whole = pool.capacity()
     with ExitStack() as stack, gone_on_without_node_0(pool, "cut off"):
         stack.enter_context(pool.cluster.nodes[0].cut_off())
-    check_whole(pool, whole)
+    check_whole(pool)
 
 
 @contextmanager
@@ -179,16 +177,16 @@ def gone_on_without_node_0(pool: Pool, name: str) -> Iterator[tuple[list[Prompt]
     pool[0].at_rest()
     unknown = [[prompt((name, "cold", node, number), N_TOKENS) for number in range(N_CLIENTS)] for node in (1, 2)]
     limit_s = PREFETCH_TIMEOUT_S + 10 * max(time_s(pool[1], unknown[0]), time_s(pool[2], unknown[1]))
-    whole = pool.capacity()
+    wait_for("all nodes have joined", pool.is_whole, ANSWER_TIMEOUT_S)
     yield documents, expected, limit_s
     for number in (1, 2):
         assert time_s(pool[number], documents, expected) < limit_s, "later than deadline and recompute"
     wait_for("nodes 1 and 2 share", lambda: shares(pool[1], pool[2]), ANSWER_TIMEOUT_S)
-    wait_for("the master has forgotten node 0", lambda: pool.capacity() < whole or None, ANSWER_TIMEOUT_S)
+    wait_for("the master has forgotten node 0", lambda: not pool.is_whole() or None, ANSWER_TIMEOUT_S)
     wait_for("nodes 1 and 2 share without node 0", lambda: shares(pool[2], pool[1]), ANSWER_TIMEOUT_S)
 
 
-def check_whole(pool: Pool, whole: float) -> None:
+def check_whole(pool: Pool) -> None:
     """All nodes share again, and have all segments."""
     for writer, reader in ((0, 1), (1, 2), (2, 0)):
         wait_for(
@@ -196,7 +194,7 @@ def check_whole(pool: Pool, whole: float) -> None:
             lambda writer=writer, reader=reader: shares(pool[writer], pool[reader]),  # type: ignore[misc]
             ANSWER_TIMEOUT_S,
         )
-    wait_for("the master knows all segments", lambda: pool.capacity() == whole or None, ANSWER_TIMEOUT_S)
+    wait_for("the master knows all segments", pool.is_whole, ANSWER_TIMEOUT_S)
     for number in range(N_NODES):
         check_at_rest(pool[number])
 
