@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from abc import abstractmethod
 from collections.abc import Callable
@@ -95,7 +96,7 @@ class Shared:
 
 
 class PoolCall(Call):
-    """Pages `keys`, in pieces of at most `piece_pages`. `future` ends with TierError if the pool failed."""
+    """Pages `keys`, in even pieces of at most `piece_pages`. `future` ends with TierError if the pool failed."""
 
     is_urgent = False
     payload_nbytes = 0
@@ -106,7 +107,8 @@ class PoolCall(Call):
         super().__init__(n_pages, shared.lock, future)
         self.shared = shared
         self._keys = keys
-        self._ranges = [range(at, min(at + piece_pages, n_pages)) for at in range(0, n_pages, piece_pages)]
+        even = math.ceil(n_pages / max(1, math.ceil(n_pages / piece_pages)))
+        self._ranges = [range(at, min(at + even, n_pages)) for at in range(0, n_pages, max(1, even))]
 
     def start(self) -> None:
         self.begin(self.shared.workers, [_Piece(self, positions) for positions in self._ranges])

@@ -32,17 +32,19 @@ GIVE_UP_S: Final = 60.0
 DRAIN_S: Final = 40.0
 """Even if another node says nothing more, the transfers under way end by their time-outs within this."""
 
-KILL_SLACK_S: Final = 5.0
-"""... and the process is killed that has not answered so much later. That is before GIVE_UP_S, so that an answer is
-never of a call that Mooncake has given up."""
-
-MAX_PIECE_PAGES: Final = 32
+KILL_AFTER_S: Final = DRAIN_S + 5.0
+"""The process is killed that has not answered by then: what has no time-out in Mooncake, as a greeting that nobody
+answers, takes longer. It is before GIVE_UP_S, so that an answer is never of a call that Mooncake has given up."""
 
 SLACK_S: Final = 1.3
 """What Mooncake's time-out of a transfer takes beyond what was asked for, at most (measured)."""
 
 N_LANES: Final = 16
 """Transfers to one node at once over TCP; Mooncake's most."""
+
+MAX_PIECE_PAGES: Final = 48
+"""A node that is frozen leaves connections in its listening socket's backlog of 128, and each time-out makes a new one.
+When that is full, connecting takes for ever."""
 
 START_TIMEOUT_S: Final = 60.0
 LEAVE_TIMEOUT_S: Final = 7.0
@@ -61,20 +63,11 @@ def piece_pages(timeout_s: float) -> int:
     """How many pages a call may move.
 
     A page is two transfers. A node that falls silent lets those in its lanes time out, and then the next, and if they
-    are many Mooncake gives the call up before the last has ended. So few that they are through within DRAIN_S; and no
-    more than MAX_PIECE_PAGES, which are as fast as many (docs/benchmarks.md).
+    are many Mooncake gives the call up before the last has ended. So no more than are through within DRAIN_S, nor than
+    MAX_PIECE_PAGES; and no fewer, because each call costs some milliseconds (docs/benchmarks.md).
     """
-    n_rounds = int(DRAIN_S / (timeout_s + SLACK_S))
-    return max(1, min(MAX_PIECE_PAGES, n_rounds * N_LANES // 2))
-
-
-def kill_after_s(timeout_s: float) -> float:
-    """How long a call may take. What has no time-out in Mooncake, as a greeting that nobody answers, takes longer.
-
-    A call may have to wait for another first, which has found out that a node is silent.
-    """
-    n_rounds = math.ceil(2 * piece_pages(timeout_s) / N_LANES)
-    return min(DRAIN_S, 2 * n_rounds * (timeout_s + SLACK_S)) + KILL_SLACK_S
+    n_rounds = int(DRAIN_S / (_whole_s(timeout_s) + SLACK_S))
+    return min(MAX_PIECE_PAGES, n_rounds * N_LANES // 2)
 
 
 class ClientProcess:
@@ -90,7 +83,6 @@ class ClientProcess:
         theirs = [their for _, their in pairs]
         self._log = os.fdopen(os.memfd_create("sgl-lmcache-mooncake.log", os.MFD_CLOEXEC), "rb")
         self._reaping = threading.Lock()
-        self._kill_after_s = kill_after_s(pool.timeout_s)
         start = Start(pool, geometry, slab_fd, tuple(end.fileno() for end in theirs))
         try:
             self._process = subprocess.Popen(
@@ -121,11 +113,11 @@ class ClientProcess:
         return self._process.pid
 
     def call(self, message: Call) -> Reply:
-        """Blocks for `kill_after_s` at most. Raises ProcessError. At most `n_connections` threads at once."""
+        """Blocks for KILL_AFTER_S at most. Raises ProcessError. At most `n_connections` threads at once."""
         connection = self._idle.popleft()
         try:
             self._send(connection, message)
-            reply = self._receive(connection, Reply, self._kill_after_s)
+            reply = self._receive(connection, Reply, KILL_AFTER_S)
         except ProcessError:
             connection.close()
             raise
@@ -193,7 +185,7 @@ class ClientProcess:
 
 def _environment(pool: Pool) -> dict[str, str]:
     """Settings of Mooncake that it takes from nowhere else. What the server's environment says of them goes first."""
-    timeout_ms, timeout_s = round(pool.timeout_s * 1000), max(1, round(pool.timeout_s))
+    timeout_ms, timeout_s = round(pool.timeout_s * 1000), _whole_s(pool.timeout_s)
     settings = {
         "MC_TCP_STATUS_TIMEOUT_SEC": str(timeout_s),
         "MC_TCP_PROGRESS_TIMEOUT_SEC": str(timeout_s),
@@ -205,3 +197,8 @@ def _environment(pool: Pool) -> dict[str, str]:
         "MC_LOG_LEVEL": "ERROR",
     }
     return {name: value for name, value in settings.items() if name not in os.environ}
+
+
+def _whole_s(timeout_s: float) -> int:
+    """Mooncake's time-outs of transfers are in whole seconds, one at least."""
+    return max(1, math.ceil(timeout_s))

@@ -22,7 +22,6 @@ from hicache.calls import ABSENT, CORRUPT, FAILED, FULL, GOOD, NEW, OTHER_VERSIO
 from hicache.checksum import checksum, namespace_seed, seeds
 from hicache.mooncake.codes import (
     GONE,
-    INVALID_PARAMS,
     NO_AVAILABLE_HANDLE,
     OBJECT_ALREADY_EXISTS,
     OF_THE_MASTER,
@@ -62,7 +61,7 @@ class PageStore:
         """One transfer of a kind at a time: Mooncake spins while it waits for one, and the cores are not all ours.
         Meanwhile another thread verifies what has come before, or takes the checksums of what goes next."""
         self._client: Any = None
-        self._owners = Owners(time.monotonic)
+        self._owners = Owners(time.monotonic, pool.timeout_s)
 
     # ---- joining and leaving ----
 
@@ -117,14 +116,16 @@ class PageStore:
             codes = np.array(self._client.batch_is_exist(found_names), np.int32)
             self._check(codes[codes < 0])
             return _reply(np.where(codes == 1, GOOD, ABSENT))
-        owners = self._owners_of(found_names)
-        return _reply([GOOD if owner and self._owners.may_ask(owner) else ABSENT for owner in owners])
+        copies = self._copies_of(found_names)
+        may_ask = (copy is not None and self._owners.may_ask(copy.transport_endpoint) for copy in copies)
+        return _reply([GOOD if may else ABSENT for may in may_ask])
 
     def load(self, call: Load) -> Reply:
         slots = np.frombuffer(call.slots, np.int32)
         all_names = names(self._geometry.namespace, call.keys)
+        copies = self._copies_of(all_names)
         with self._loading:
-            found, news = self._receive(all_names, slots)
+            found, news = self._receive(all_names, slots, copies)
         came = np.flatnonzero(found == UNASKED).tolist()
         page_seeds = seeds(call.keys, self._seed)
         found[came] = [self._verify(int(slots[at]), int(page_seeds[at])) for at in came]
@@ -133,30 +134,37 @@ class PageStore:
             self._client.batch_remove(damaged, True)
         return _reply(found, news)
 
-    def _receive(self, all_names: Sequence[str], slots: NDArray[np.int32]) -> tuple[NDArray[np.int8], list[str]]:
+    def _receive(
+        self, all_names: Sequence[str], slots: NDArray[np.int32], copies: Sequence[Any]
+    ) -> tuple[NDArray[np.int8], list[str]]:
         """What has become of each page, UNASKED for one that has come and is to be verified; and what is news."""
-        owners = [] if self._owners.all_serve else self._owners_of(all_names)
-        asked = [at for at in range(len(slots)) if not owners or self._owners.may_ask(owners[at])]
+        owners = ["" if copy is None else copy.transport_endpoint for copy in copies]
+        candidates = {owner for owner in owners if owner and self._owners.may_ask(owner)}
+        unreachable = self._owners.unreachable(candidates)
         found = np.full(len(slots), ABSENT, np.int8)
+        for at, copy in enumerate(copies):
+            if copy is not None and owners[at] in candidates - unreachable:
+                found[at] = UNASKED if copy.size == HEADER_NBYTES + self._geometry.page_nbytes else CORRUPT
+        asked = np.flatnonzero(found == UNASKED).tolist()
+        began_s = time.monotonic()
+        failed = self._get(all_names, slots, asked, found)
+        if failed and time.monotonic() - began_s < self._pool.timeout_s / 2:
+            # Nobody was silent. A connection that was reset is made anew, and then it goes on.
+            failed = self._get(all_names, slots, failed, found)
+        news = self._failed(unreachable | {owners[at] for at in failed})
+        return found, news + self._served({owners[at] for at in asked if found[at] == UNASKED})
+
+    def _get(
+        self, all_names: Sequence[str], slots: NDArray[np.int32], asked: Sequence[int], found: NDArray[np.int8]
+    ) -> list[int]:
+        """Returns which of them did not come though they are there."""
         if not asked:
-            return found, []
+            return []
         buffers = self._buffers(slots[asked].tolist())
         codes = self._client.batch_get_into_multi_buffers([all_names[at] for at in asked], *buffers)
         self._check(codes)
-        found[asked] = [self._judge(code) for code in codes]
-        news = self._served({owners[at] for at in asked if found[at] == UNASKED}) if owners else []
-        failed = [at for at in asked if found[at] == FAILED]
-        if failed:
-            news += self._blame(all_names, failed, found)
-        return found, news
-
-    def _judge(self, code: int) -> int:
-        """code: how many bytes came, or why none did."""
-        if code == HEADER_NBYTES + self._geometry.page_nbytes:
-            return UNASKED
-        if code in GONE:
-            return ABSENT
-        return CORRUPT if code >= 0 or code == INVALID_PARAMS else FAILED
+        found[asked] = [UNASKED if code > 0 else ABSENT if code in GONE else FAILED for code in codes]
+        return [at for at in asked if found[at] == FAILED]
 
     def _verify(self, slot: int, seed: int) -> int:
         at = slot * HEADER_NBYTES
@@ -166,21 +174,10 @@ class PageStore:
             return GOOD
         return OTHER_VERSION if is_other_version(page_header) else CORRUPT
 
-    def _blame(self, all_names: Sequence[str], failed: Sequence[int], found: NDArray[np.int8]) -> list[str]:
-        """Find who has the pages that did not come: that node has failed, or they are not pages at all."""
-        blamed: set[str] = set()
-        replicas = self._client.batch_get_replica_desc([all_names[at] for at in failed])
-        for at in failed:
-            replica = _first_complete(replicas.get(all_names[at], ()))
-            if replica is None:
-                found[at] = ABSENT
-            elif replica.size != HEADER_NBYTES + self._geometry.page_nbytes:
-                found[at] = CORRUPT
-            else:
-                blamed.add(replica.transport_endpoint)
+    def _failed(self, owners: set[str]) -> list[str]:
         return [
             f"node {owner} of the pool does not answer: its pages are misses for a while"
-            for owner in self._owners.failed(blamed)
+            for owner in self._owners.failed(owners)
         ]
 
     def _served(self, owners: set[str]) -> list[str]:
@@ -238,13 +235,12 @@ class PageStore:
         start = slot * self._geometry.slot_nbytes
         return self._slab[start : start + self._geometry.page_nbytes]
 
-    def _owners_of(self, page_names: Sequence[str]) -> list[str]:
-        """The node that each page would be read from; empty: it is nowhere. Raises MasterError."""
+    def _copies_of(self, page_names: Sequence[str]) -> list[Any]:
+        """Where each page would be read from; None: it is nowhere. Raises MasterError."""
         replicas = self._client.batch_get_replica_desc(page_names)
         if not replicas:  # also if the master does not answer
             self._check(self._client.batch_is_exist([NOBODY]))
-        found = (_first_complete(replicas.get(name, ())) for name in page_names)
-        return ["" if replica is None else replica.transport_endpoint for replica in found]
+        return [_first_complete(replicas.get(name, ())) for name in page_names]
 
     def _check(self, codes: Sequence[int] | NDArray[np.int32]) -> None:
         """Raises MasterError if one of them says that the master did not answer."""
@@ -257,7 +253,7 @@ _STORED: Final = {0: NEW, OBJECT_ALREADY_EXISTS: GOOD, NO_AVAILABLE_HANDLE: FULL
 
 
 def _first_complete(replicas: Sequence[Any]) -> Any:
-    """Where the copy lies that Mooncake would read, or None."""
+    """The copy that Mooncake would read (`size`, `transport_endpoint`), or None."""
     from mooncake.store import ReplicaStatus
 
     for replica in replicas:

@@ -134,12 +134,16 @@ def test_a_node_that_is_killed_takes_its_pages_with_it(own_master: Master, caplo
 
 
 @pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
-def test_what_a_silent_node_sends_later_never_reaches_a_slot(own_master: Master, is_known: bool) -> None:
+def test_what_a_silent_node_sends_later_never_reaches_a_slot(
+    own_master: Master, monkeypatch: pytest.MonkeyPatch, is_known: bool
+) -> None:
     """Mooncake leaves transfers behind when it gives a call up, which write into slots that others have by then.
 
     A node that has been talked to before times out; for the greeting of one that has not, Mooncake waits for ever, and
     the client process is killed.
     """
+    if not is_known:
+        monkeypatch.setattr(process, "KILL_AFTER_S", 10.0)
     n_pages = 96
     with rig(own_master.pool(), random_slab(2 * n_pages, 256 << 10)) as here:
         with rig(own_master.pool(), random_slab(n_pages, 256 << 10)) as there:
@@ -179,7 +183,7 @@ def test_a_client_process_that_is_killed_is_started_again(own_master: Master, ca
 def test_a_client_process_that_hangs_is_killed_before_the_slots_are_given_back(
     own_master: Master, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "kill_after_s", lambda *_: 4.0)
+    monkeypatch.setattr(process, "KILL_AFTER_S", 4.0)
     with rig(own_master.pool()) as on:
         assert store(on) == 4
         hung = client_of(on)
