@@ -45,10 +45,10 @@ WRITES: tuple[str, ...] = get_args(Write)
 PrefetchPolicy = Literal["auto", "wait", "best_effort"]
 
 MAX_CONNECTIONS = 64
-"""Of one rank to a Valkey tier, or calls to a Mooncake Store at once: each is a thread."""
+"""Of one rank to a Valkey tier: each is a thread."""
 
-MAX_NODE_TIMEOUT_S = 10.0
-"""For a node of a Mooncake Store: some time-outs in a row have to end before Mooncake gives a call up."""
+MIN_NODE_TIMEOUT_S, MAX_NODE_TIMEOUT_S = 1.0, 10.0
+"""For a node of a Mooncake Store, which counts whole seconds, and some in a row before it gives a call up."""
 
 P2P_HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's name for no metadata server: nodes ask each other."""
@@ -80,6 +80,9 @@ class Nbytes(int):
 
 class NbytesOrNone(Nbytes):
     """A size in bytes that may be 0."""
+
+    def __str__(self) -> str:
+        return super().__str__() if self else "0B"
 
 
 class Seconds(float):
@@ -144,8 +147,7 @@ class MooncakeTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
     `address`: of this node, as the others reach it; None: that from which the master is reached. `protocol` and
     `devices` are the transfer engine's words for how bytes move, and by which network cards. `segment`: what this
     server adds to the pool, divided over its local ranks. `replicas`: copies of a page, on as many nodes. `soft_pin`:
-    so long a page is evicted after those that are not pinned. `connections`: calls of a rank at once. `timeout`: for
-    another node or the master to answer.
+    so long a page is evicted after those that are not pinned. `timeout`: for another node or the master to answer.
 
     `lease`, `eviction_high_watermark_ratio` and `eviction_ratio` are what a master started by `sgl-lmcache
     mooncake-master` does for all its nodes: so long it evicts no page that somebody has looked up; above this share of
@@ -161,7 +163,6 @@ class MooncakeTier(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_
     replicas: int = 1
     soft_pin: Seconds | None = None
     write: Write = "through"
-    connections: int = 4
     timeout: Seconds = Seconds(2.0)
     lease: Seconds = Seconds(10.0)
     eviction_high_watermark_ratio: float = 0.9
@@ -433,14 +434,10 @@ def _check_valkey(tier: ValkeyTier, key: str) -> None:
         raise _KeyedError(f"{key}.{files[0]}", "is for TLS, and url begins with valkey://; write valkeys:// there")
     if (tier.cert_file is None) != (tier.key_file is None):
         raise _KeyedError(key, "has one of cert_file and key_file; a certificate needs its key, so give both or none")
-    _check_connections(tier.connections, key)
+    if not 1 <= tier.connections <= MAX_CONNECTIONS:
+        raise _KeyedError(f"{key}.connections", f"is {tier.connections}, which is not from 1 to {MAX_CONNECTIONS}")
     if tier.ttl < 1:
         raise _KeyedError(f"{key}.ttl", f"is {tier.ttl}, and a store counts whole seconds; give at least 1s")
-
-
-def _check_connections(connections: int, key: str) -> None:
-    if not 1 <= connections <= MAX_CONNECTIONS:
-        raise _KeyedError(f"{key}.connections", f"is {connections}, which is not from 1 to {MAX_CONNECTIONS}")
 
 
 def _check_mooncake(tier: MooncakeTier, key: str) -> None:
@@ -463,12 +460,8 @@ def _check_mooncake(tier: MooncakeTier, key: str) -> None:
         )
     if not re.fullmatch(r"[a-z_]+", tier.protocol):
         raise _KeyedError(f"{key}.protocol", f"is {_quote(tier.protocol)}, which is not a protocol; write tcp or rdma")
-    _check_connections(tier.connections, key)
-    if tier.timeout > MAX_NODE_TIMEOUT_S:
-        raise _KeyedError(
-            f"{key}.timeout",
-            f"is {tier.timeout}, and a node that is silent for so long holds everybody up; give at most 10s",
-        )
+    if not MIN_NODE_TIMEOUT_S <= tier.timeout <= MAX_NODE_TIMEOUT_S:
+        raise _KeyedError(f"{key}.timeout", f"is {tier.timeout}, which Mooncake cannot keep to; give it from 1s to 10s")
     if tier.replicas < 1:
         raise _KeyedError(f"{key}.replicas", f"is {tier.replicas}, and a page needs one copy at least; write 1")
     for name in ("eviction_high_watermark_ratio", "eviction_ratio"):

@@ -236,6 +236,8 @@ def check_mooncake(pool: PoolReading) -> Finding:
     if pool.trouble:
         what = f"{pool.trouble}; a server would start, and go on without it"
         return Finding(check, Level.WARN, what, "start the master, or put the tier's keys right: docs/mooncake.md")
+    if not pool.address:
+        return Finding(check, Level.OK, f"the client can be used; which master leads in {pool.master} was not asked")
     return Finding(check, Level.OK, f"the master at {pool.master} answers; this node would be {pool.address}")
 
 

@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from hicache.mooncake import Pool
 from sgl_lmcache.config import MASTER_PORT, MooncakeTier, split_address
 from sgl_lmcache.errors import StartError
+
+if TYPE_CHECKING:
+    from hicache.mooncake import Pool
 
 LEAST_SEGMENT_NBYTES: Final = 16 << 20
 """Mooncake refuses to add less."""
@@ -22,6 +24,8 @@ _SYSTEM_LIBRARIES: Final = {"libibverbs": "libibverbs1", "librdmacm": "librdmacm
 
 def pool_of(tier: MooncakeTier, n_ranks: int) -> Pool:
     """The pool, and one rank's share of what the server adds to it. Raises `StartError`."""
+    from hicache.mooncake import Pool  # not for the doctor, which would load more than it needs
+
     segment_nbytes = tier.segment // n_ranks
     if 0 < segment_nbytes < LEAST_SEGMENT_NBYTES:
         raise StartError(
@@ -67,7 +71,7 @@ def read_pool(tier: MooncakeTier) -> PoolReading:
     """Whether the client can be used, and the master be reached. Adds nothing to the pool. Blocks for some seconds."""
     refusal = why_unusable()
     if refusal or tier.master.startswith("etcd://"):  # which of several masters leads only the client can ask
-        return PoolReading(tier.master, tier.address or "", refusal)
+        return PoolReading(tier.master, refusal=refusal)
     address = split_address(tier.master, MASTER_PORT)
     assert address is not None
     try:

@@ -131,7 +131,6 @@ def _open_mooncake(tier: MooncakeConfig, place: Place, namespace: Namespace) -> 
             pool_of(tier, place.n_ranks),
             Geometry(n_slots, slot_nbytes, place.page_nbytes, namespace.digest),
             place.slab_fd,
-            n_connections=tier.connections,
         )
     except UnusableError as error:
         raise StartError(f"sgl_lmcache: {explain_unusable(str(error))}, or remove the mooncake tier.") from error

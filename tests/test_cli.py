@@ -245,7 +245,7 @@ def test_every_key_of_a_mooncake_tier_is_printed(
     output = capsys.readouterr().out
     assert yaml.safe_load(output)["tiers"][1] == {
         **{"type": "mooncake", "master": "kv:1", "metadata": "P2PHANDSHAKE", "protocol": "tcp", "devices": ""},
-        **{"segment": "0TiB", "replicas": 1, "soft_pin": "3600s", "write": "through", "connections": 4},
+        **{"segment": "0B", "replicas": 1, "soft_pin": "3600s", "write": "through"},
         **{"timeout": "2s", "lease": "10s", "eviction_high_watermark_ratio": 0.9, "eviction_ratio": 0.05},
     }
     notes = {line.partition(":")[0].strip(" -"): line.partition("#")[2].strip() for line in output.splitlines()}

@@ -122,8 +122,7 @@ def test_every_key_of_a_mooncake_tier() -> None:
         replicas=2,
         soft_pin="30m",
         write="selective",
-        connections=8,
-        timeout="500ms",
+        timeout="1500ms",
         lease="20s",
         eviction_high_watermark_ratio=0.8,
         eviction_ratio=0.1,
@@ -137,8 +136,7 @@ def test_every_key_of_a_mooncake_tier() -> None:
         replicas=2,
         soft_pin=Seconds(1800.0),
         write="selective",
-        connections=8,
-        timeout=Seconds(0.5),
+        timeout=Seconds(1.5),
         lease=Seconds(20.0),
         eviction_high_watermark_ratio=0.8,
         eviction_ratio=0.1,
@@ -151,7 +149,7 @@ def test_every_key_of_a_mooncake_tier() -> None:
         *(("master", form) for form in ("kv", "kv:1", "10.0.0.1:65535", "etcd://kv:1", "etcd://a:1;b:2;c:3")),
         *(("metadata", form) for form in ("P2PHANDSHAKE", "http://kv:1/metadata", "etcd://a:1", "etcd://a:1;b:2")),
         *(("segment", form) for form in (0, "0GiB", 1, "1.5TiB")),
-        *(("connections", number) for number in (1, 64)),
+        *(("timeout", seconds) for seconds in (1.0, 10.0)),
         *(("eviction_ratio", ratio) for ratio in (1, 0.001)),
     ],
 )
@@ -340,10 +338,10 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         ("tiers: [{type: host}, {type: mooncake, master: a, write: never}]", "tiers[1].write", "possible: back"),
         *(
             (
-                f"tiers: [{{type: host}}, {{type: mooncake, master: a, connections: {connections}}}]",
-                *("tiers[1].connections", "from 1 to 64"),
+                f"tiers: [{{type: host}}, {{type: mooncake, master: a, timeout: {timeout}}}]",
+                *("tiers[1].timeout", "from 1s to 10s"),
             )
-            for connections in (0, 65)
+            for timeout in ("999ms", "10.5s")
         ),
         ("tiers: [{type: host}, {type: mooncake, master: a, timeout: 2 sec}]", "tiers[1].timeout", "500ms"),
         ("tiers: [{type: host}, {type: mooncake, master: a, lease: 0s}]", "tiers[1].lease", "not above 0"),

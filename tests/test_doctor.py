@@ -292,6 +292,7 @@ def test_mooncake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         reading = mooncake.read_pool(tier)
         assert reading.address == "127.0.0.1"
         assert_ok(doctor.check_mooncake(reading))
+    assert_ok(doctor.check_mooncake(mooncake.read_pool(MooncakeTier(master="etcd://127.0.0.1:1"))))
     assert_bad(doctor.check_mooncake(mooncake.read_pool(tier)), Level.WARN, "no master answers at 127.0.0.1", "start")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert_bad(doctor.check_mooncake(mooncake.read_pool(tier)), Level.FAIL, "cannot be used here", "docs/mooncake.md")

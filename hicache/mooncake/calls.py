@@ -18,7 +18,7 @@ from hicache.calls import ABSENT, CORRUPT, FAILED, FULL, GOOD, NEW, OTHER_VERSIO
 from hicache.mooncake import messages
 from hicache.mooncake.counters import Counters
 from hicache.mooncake.messages import MAX_KEYS, Geometry, Pool, Reply
-from hicache.mooncake.process import ClientProcess, ProcessError
+from hicache.mooncake.process import JOIN_TIMEOUT_S, ClientProcess, ProcessError
 from hicache.tier import Batch, TierError
 from hicache.workers import Work, Workers
 from radix import KEY_NBYTES
@@ -55,12 +55,12 @@ class Shared:
     told: set[Breaker] = field(default_factory=set)
     """Those of which the log has been told that they are open."""
 
-    def ask(self, message: messages.Call) -> Reply:
-        """Blocks. Raises ProcessError or PoolError."""
+    def ask(self, message: messages.Call, timeout_s: float | None = None) -> Reply:
+        """Blocks, for timeout_s at most, or as long as a call may take. Raises ProcessError or PoolError."""
         process = self.process
         if process is None:
             raise ProcessError("has lost its client process")
-        reply = process.call(message)
+        reply = process.call(message, timeout_s)
         for line in reply.news:
             logger.warning("sgl_lmcache: %s: %s", self.pool, line)
         if reply.error:
@@ -77,8 +77,10 @@ class Shared:
 
     def failed(self, breaker: Breaker, what: str) -> None:
         """Ask for nothing of that kind for a while. What follows the first failure is not told."""
-        if not breaker.trip(what):
+        if breaker.is_due:
             breaker.failed()
+        else:
+            breaker.trip(what)  # which does nothing if another call has met the same before
         with self.lock:
             is_news = breaker not in self.told
             self.told.add(breaker)
@@ -239,16 +241,22 @@ class _Piece(Work):
 
     def finish(self) -> None:
         call = self._call
-        if self.error is not None:
-            if isinstance(self.error, ProcessError):
-                call.shared.lost(self._process)
-            call.shared.failed(call.shared.reads, str(self.error))
-            with call.shared.lock:
-                if self.is_read:
-                    call.shared.counters.read_errors += 1
-                else:
-                    call.shared.counters.write_errors += 1
-        call.piece_ended(self._positions, self.error)
+        try:
+            if self.error is not None:
+                self._failed(self.error)
+        finally:
+            call.piece_ended(self._positions, self.error)
+
+    def _failed(self, error: Exception) -> None:
+        shared = self._call.shared
+        with shared.lock:
+            if self.is_read:
+                shared.counters.read_errors += 1
+            else:
+                shared.counters.write_errors += 1
+        if isinstance(error, ProcessError):
+            shared.lost(self._process)
+        shared.failed(shared.reads, str(error))
 
 
 class Trial(Work):
@@ -273,7 +281,7 @@ class Trial(Work):
             if shared.is_closed:
                 shared.lost(process)
                 return
-        shared.ask(messages.Connect())
+        shared.ask(messages.Connect(), JOIN_TIMEOUT_S)
         shared.is_joined = True
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from contextlib import suppress
 from typing import Final
@@ -43,15 +44,28 @@ def main(argument: str) -> None:
     slab = mmap.mmap(start.slab_fd, geometry.n_slots * geometry.slot_nbytes)
     store = PageStore(start.pool, geometry, slab)
     ready = Ready(_why_unusable())
-    threads = [
-        threading.Thread(target=_serve, args=(socket.socket(fileno=fd), store, ready)) for fd in start.connections
-    ]
+    threading.Thread(target=_end_with, args=(_connection(start.life),), daemon=True).start()
+    threads = [threading.Thread(target=_serve, args=(_connection(fd), store, ready)) for fd in start.connections]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     store.close()
     os._exit(0)  # no destructor of the library has anything to do any more
+
+
+def _connection(fd: int) -> socket.socket:
+    connection = socket.socket(fileno=fd)
+    connection.settimeout(None)
+    return connection
+
+
+def _end_with(life: socket.socket) -> None:
+    """When the rank has gone, calls that do not return are not waited for."""
+    with suppress(ConnectionError):
+        life.recv(1)
+    time.sleep(LEAVE_TIMEOUT_S)
+    os._exit(1)
 
 
 def _why_unusable() -> str:
@@ -75,10 +89,6 @@ def _serve(connection: socket.socket, store: PageStore, ready: Ready) -> None:
         connection.send(msgspec.msgpack.encode(ready))
         while message := connection.recv(messages.MAX_NBYTES):
             connection.send(msgspec.msgpack.encode(_answer(store, decode(message))))
-    # The rank has gone, and all connections with it. Others may be in a call that does not return.
-    end = threading.Timer(LEAVE_TIMEOUT_S, os._exit, (1,))
-    end.daemon = True
-    end.start()
 
 
 def _answer(store: PageStore, call: messages.Call) -> Reply:

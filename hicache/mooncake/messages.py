@@ -49,11 +49,13 @@ class Geometry(msgspec.Struct, frozen=True):
 
 
 class Start(msgspec.Struct, frozen=True):
-    """What the client process is told on its command line. connections: the descriptors of its ends."""
+    """What the client process is told on its command line. connections: the descriptors of its ends. life: of one on
+    which nothing is said, and which ends with the rank."""
 
     pool: Pool
     geometry: Geometry
     slab_fd: int
+    life: int
     connections: tuple[int, ...]
 
 

@@ -22,6 +22,9 @@ from hicache.breaker import Breaker
 FRESH_S: Final = 2.0
 """So long after it has served a node is taken to be reachable."""
 
+FORGET_S: Final = 300.0
+"""A node that has not been asked for so long is as good as new: its breaker's longest pause is a fifth of this."""
+
 
 class Owners:
     """By endpoint, as Mooncake names it: `address:port`. Any thread may call it. clock: monotonic seconds.
@@ -34,6 +37,7 @@ class Owners:
         self._timeout_s = timeout_s
         self._breakers: dict[str, Breaker] = {}
         self._served_at_s: dict[str, float] = {}
+        self._failed_at_s: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @property
@@ -53,27 +57,40 @@ class Owners:
 
     def failed(self, owners: Iterable[str]) -> list[str]:
         """Ask these for nothing for a while. Returns those that were asked until now."""
+        now_s = self._clock()
         with self._lock:
+            self._forget(now_s - FORGET_S)
             news = []
             for owner in owners:
                 self._served_at_s.pop(owner, None)
+                self._failed_at_s[owner] = now_s
                 breaker = self._breakers.setdefault(owner, Breaker(self._clock))
-                if breaker.trip("does not answer"):
-                    news.append(owner)
-                else:
+                if breaker.is_due:
                     breaker.failed()
+                elif breaker.trip("does not answer"):
+                    news.append(owner)
             return news
 
     def served(self, owners: Iterable[str]) -> list[str]:
         """These have answered. Returns those that had been given up."""
         now_s = self._clock()
         with self._lock:
+            self._forget(now_s - FORGET_S)
             news = []
             for owner in owners:
                 self._served_at_s[owner] = now_s
+                self._failed_at_s.pop(owner, None)
                 if self._breakers.pop(owner, None) is not None:
                     news.append(owner)
             return news
+
+    def _forget(self, before_s: float) -> None:
+        """Nodes that are started again have other ports, and the old ones are never heard of again."""
+        for owner in [owner for owner, at_s in self._failed_at_s.items() if at_s < before_s]:
+            del self._failed_at_s[owner]
+            self._breakers.pop(owner, None)
+        for owner in [owner for owner, at_s in self._served_at_s.items() if at_s < before_s]:
+            del self._served_at_s[owner]
 
 
 def _is_reachable(owner: str, timeout_s: float) -> bool:

@@ -6,6 +6,7 @@ If the call was answered, Mooncake has ended all its transfers; if not, the proc
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from contextlib import suppress
 from typing import Final, TypeVar
@@ -46,6 +48,9 @@ MAX_PIECE_PAGES: Final = 48
 """A node that is frozen leaves connections in its listening socket's backlog of 128, and each time-out makes a new one.
 When that is full, connecting takes for ever."""
 
+JOIN_TIMEOUT_S: Final = 300.0
+"""To join the pool, which has a network card register all memory. No slot is at stake."""
+
 START_TIMEOUT_S: Final = 60.0
 LEAVE_TIMEOUT_S: Final = 7.0
 LOG_NBYTES: Final = 1 << 20
@@ -78,26 +83,31 @@ class ClientProcess:
     """
 
     def __init__(self, pool: Pool, geometry: Geometry, slab_fd: int, n_connections: int) -> None:
-        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(n_connections)]
-        self._idle = deque(ours for ours, _ in pairs)
-        theirs = [their for _, their in pairs]
-        self._log = os.fdopen(os.memfd_create("sgl-lmcache-mooncake.log", os.MFD_CLOEXEC), "rb")
+        try:
+            pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(n_connections + 1)]
+            self._log = os.fdopen(_log_fd(), "rb")
+        except OSError as error:
+            raise ProcessError(f"cannot start its client process ({error.strerror})") from error
+        self._life, *idle = (ours for ours, _ in pairs)
+        self._idle = deque(idle)
+        life, *theirs = (their for _, their in pairs)
         self._reaping = threading.Lock()
-        start = Start(pool, geometry, slab_fd, tuple(end.fileno() for end in theirs))
+        start = Start(pool, geometry, slab_fd, life.fileno(), tuple(end.fileno() for end in theirs))
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "hicache.mooncake.client", msgspec.json.encode(start).decode()],
+                [sys.executable, "-P", "-m", "hicache.mooncake.client", msgspec.json.encode(start).decode()],
                 env=os.environ | _environment(pool),
-                pass_fds=(slab_fd, *start.connections),
+                pass_fds=(slab_fd, start.life, *start.connections),
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
+                start_new_session=True,  # signals to the server's group are not for it: it ends with the server
             )
         except OSError as error:
             self._drop()
             raise ProcessError(f"cannot start its client process ({error.strerror})") from error
         finally:
-            for end in theirs:
+            for _, end in pairs:
                 end.close()
         try:
             errors = [self._receive(connection, Ready, START_TIMEOUT_S).error for connection in self._idle]
@@ -112,19 +122,24 @@ class ClientProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def call(self, message: Call) -> Reply:
-        """Blocks for KILL_AFTER_S at most. Raises ProcessError. At most `n_connections` threads at once."""
-        connection = self._idle.popleft()
+    def call(self, message: Call, timeout_s: float | None = None) -> Reply:
+        """Blocks for timeout_s at most, None: KILL_AFTER_S. Raises ProcessError. By `n_connections` threads at once."""
+        timeout_s, began_s = timeout_s or KILL_AFTER_S, time.monotonic()
+        try:
+            connection = self._idle.popleft()
+        except IndexError:  # another call has met its end, and has released it
+            raise self._end("ended") from None
         try:
             self._send(connection, message)
-            reply = self._receive(connection, Reply, KILL_AFTER_S)
+            reply = self._receive(connection, Reply, timeout_s)
+            if time.monotonic() - began_s > timeout_s:
+                # All of us stood still meanwhile, and an answer that came in time looks the same as one that did not.
+                raise self._late(timeout_s)
         except ProcessError:
             connection.close()
             raise
         self._idle.append(connection)
-        with suppress(ValueError):  # another call has met its end, and has released it
-            if os.fstat(self._log.fileno()).st_size > LOG_NBYTES:
-                os.ftruncate(self._log.fileno(), 0)
+        self._trim_log()
         return reply
 
     def _send(self, connection: socket.socket, message: Call) -> None:
@@ -138,12 +153,20 @@ class ClientProcess:
         try:
             message = connection.recv(MAX_NBYTES)
         except TimeoutError as error:
-            raise self._end(f"did not answer within {timeout_s:.0f} s and was killed") from error
+            raise self._late(timeout_s) from error
         except OSError as error:
             raise self._end("ended") from error
         if not message:
             raise self._end("ended")
         return msgspec.msgpack.decode(message, type=kind)
+
+    def _late(self, timeout_s: float) -> ProcessError:
+        return self._end(f"did not answer within {timeout_s:.0f} s and was killed")
+
+    def _trim_log(self) -> None:
+        with self._reaping, suppress(ValueError):  # it has been released
+            if os.fstat(self._log.fileno()).st_size > LOG_NBYTES:
+                os.ftruncate(self._log.fileno(), 0)
 
     def _end(self, how: str) -> ProcessError:
         """Nothing of it runs any more when this returns."""
@@ -178,9 +201,19 @@ class ClientProcess:
         self._drop()
 
     def _drop(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-        self._log.close()
+        self._life.close()
+        with suppress(IndexError):  # others may do the same
+            while True:
+                self._idle.pop().close()
+        with self._reaping:
+            self._log.close()
+
+
+def _log_fd() -> int:
+    """Memory to which the process appends, so that it goes on at the start when we have emptied it."""
+    fd = os.memfd_create("sgl-lmcache-mooncake.log", os.MFD_CLOEXEC)
+    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+    return fd
 
 
 def _environment(pool: Pool) -> dict[str, str]:

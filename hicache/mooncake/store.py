@@ -60,6 +60,8 @@ class PageStore:
         self._storing = threading.Lock()
         """One transfer of a kind at a time: Mooncake spins while it waits for one, and the cores are not all ours.
         Meanwhile another thread verifies what has come before, or takes the checksums of what goes next."""
+        self._n_slow_failures = 0
+        """Puts that met a silent node."""
         self._client: Any = None
         self._owners = Owners(time.monotonic, pool.timeout_s)
 
@@ -196,12 +198,22 @@ class PageStore:
             for slot, seed in zip(absent_slots, seeds(call.keys, self._seed)[absent].tolist(), strict=True):
                 at, payload = slot * HEADER_NBYTES, self._payload(slot)
                 self._headers[at : at + HEADER_NBYTES] = header(len(payload), checksum(payload, seed))
-            absent_names, buffers = [all_names[at] for at in absent], self._buffers(absent_slots)
-            with self._storing:
-                codes = self._client.batch_put_from_multi_buffers(absent_names, *buffers, self._placement())
-            self._check(codes)
-            found[absent] = [_STORED.get(code, FAILED) for code in codes]
+            found[absent] = self._put([all_names[at] for at in absent], absent_slots)
         return _reply(found)
+
+    def _put(self, absent_names: Sequence[str], slots: Sequence[int]) -> list[int]:
+        """What has become of each. Nobody waits for a silent node who has waited for it before."""
+        n_slow_failures = self._n_slow_failures
+        with self._storing:
+            if self._n_slow_failures != n_slow_failures:
+                return [FAILED] * len(slots)
+            began_s = time.monotonic()
+            codes = self._client.batch_put_from_multi_buffers(absent_names, *self._buffers(slots), self._placement())
+            self._check(codes)
+            found = [_STORED.get(code, FAILED) for code in codes]
+            if FAILED in found and time.monotonic() - began_s > self._pool.timeout_s / 2:
+                self._n_slow_failures += 1
+        return found
 
     def _placement(self) -> Any:
         """On this node, if it has a segment with room: who has computed a page is the likeliest to want it again."""
@@ -272,9 +284,15 @@ def _address_towards(master: str) -> str:
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, int(port)))  # sends nothing
-            return str(probe.getsockname()[0])
+            address = str(probe.getsockname()[0])
     except OSError as error:
         raise MasterError(f"cannot be joined: there is no way to {host} ({error.strerror})") from error
+    if address.startswith("127.") and not host.startswith("127.") and host != "localhost":
+        raise MasterError(
+            f"cannot be joined: {host} is this machine's own name and leads to {address} here, where no other node "
+            "reaches it; give the tier an address"
+        )
+    return address
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -28,6 +28,10 @@ from hicache.workers import Workers
 
 logger = logging.getLogger(__name__)
 
+N_CONNECTIONS: Final = 4
+"""To the client process, each with a thread, half of which store at most: one call moves pages, and another is
+verified, or waits for its turn."""
+
 _HANGS_AFTER: Final = 2.0
 """Work that is under way for so many times what a node may take to answer hangs: nothing more is asked meanwhile."""
 
@@ -36,8 +40,7 @@ class MooncakeTier(Tier):
     """One rank's view of the pool. Making it starts the rank's client process, which joins the pool soon after.
 
     slab_fd: the memfd of the slab, of `geometry.n_slots` slots; it may be closed afterwards by whoever made it only
-    when the tier is closed. n_connections: so many threads; half of them store at most. max_queued_nbytes: of stores
-    that have not ended. clock: monotonic seconds.
+    when the tier is closed. max_queued_nbytes: of stores that have not ended. clock: monotonic seconds.
 
     Blocks for a second or two. Raises UnusableError if Mooncake's client cannot be used on this machine, and
     ProcessError if its process cannot be started.
@@ -49,16 +52,15 @@ class MooncakeTier(Tier):
         geometry: Geometry,
         slab_fd: int,
         *,
-        n_connections: int = 4,
         max_queued_nbytes: int = 256 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._start_process = partial(ClientProcess, pool, geometry, slab_fd, n_connections)
+        self._start_process = partial(ClientProcess, pool, geometry, slab_fd, N_CONNECTIONS)
         process = self._start_process()
         self._shared = Shared(
             pool=pool,
             geometry=geometry,
-            workers=Workers("mooncake", n_connections, clock),
+            workers=Workers("mooncake", N_CONNECTIONS, clock),
             reads=Breaker(clock),
             writes=Breaker(clock),
             piece_pages=piece_pages(pool.timeout_s),
@@ -92,7 +94,9 @@ class MooncakeTier(Tier):
             shared.counters.skipped_pressure += len(batch) - n_pages
         if not n_pages:
             return answered(0)
-        return self._start(lambda future: Store(shared, batch.part(0, n_pages), future))
+        future = pending()
+        Store(shared, batch.part(0, n_pages), future).start()
+        return future
 
     def touch(self, key: bytes) -> None:
         """Does nothing: the master renews a page's lease when it is looked up or loaded, and knows of no others."""
@@ -131,8 +135,8 @@ class MooncakeTier(Tier):
         shared = self._shared
         if self._closed:
             return Health(False, "closed")
+        self._try_if_due()
         if shared.reads.is_open:
-            self._try_if_due()
             return Health(False, f"{shared.pool} {shared.reads.reason}")
         if not shared.is_joined:
             return Health(False, f"{shared.pool} has not been joined yet")
@@ -188,7 +192,9 @@ class MooncakeTier(Tier):
         return self._shared.workers.oldest_s() > _HANGS_AFTER * self._shared.pool.timeout_s
 
     def _try_if_due(self) -> None:
-        if self._shared.reads.is_due and not self._is_on_trial:
+        """Also if the process has ended just when it had joined, which has closed the breaker."""
+        reads = self._shared.reads
+        if (reads.is_due if reads.is_open else not self._shared.is_joined) and not self._is_on_trial:
             self._try()
 
     def _try(self) -> None:

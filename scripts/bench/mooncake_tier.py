@@ -177,8 +177,12 @@ def pool(n_pages: int, page_nbytes: int, *, is_remote: bool) -> Iterator[tuple[T
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-mooncake-")))
         master = stack.enter_context(mooncake_master(folder, Deadline(3600)))
         if is_remote:
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, cores[:1])
+            stack.callback(os.sched_setaffinity, 0, cores)  # what is started now has this core, too
             owner = Bare(master, room, 1, page_nbytes)
             stack.callback(owner.close)
+            os.sched_setaffinity(0, cores[1:])
         own = 0 if is_remote else room
         tier = Tier(master, own, n_pages, page_nbytes)
         stack.callback(tier.close)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hicache import TierError
+from hicache.breaker import FIRST_RETRY_S
 from hicache.mooncake import Pool, UnusableError, process
 from tests.hicache.mooncake.tiers import Rig, open_tier, random_slab, rig
 from tests.hicache.tier_contract import batch, chain
@@ -218,6 +222,92 @@ def test_the_client_process_ends_with_its_rank(own_master: Master) -> None:
         os.kill(client, 0)
 
 
+def test_the_client_process_ends_with_a_server_that_is_killed_in_the_middle_of_a_call(own_master: Master) -> None:
+    """Also if none of its threads waits for the server: each is in a call to a node that says nothing."""
+    with rig(own_master.pool(), random_slab(64, 4096)) as there:
+        assert store(there, "a", 64) == 64
+        server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER, own_master.pool().master],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert server.stdin is not None
+        assert server.stdout is not None
+        client = int(server.stdout.readline())
+        with frozen(client_of(there)):
+            server.stdin.write("load\n")
+            server.stdin.flush()
+            assert server.stdout.readline() == "loading\n"
+            server.kill()
+            server.communicate()
+            wait_for("the client has ended", lambda: not Path(f"/proc/{client}").exists() or None, RECOVERY_TIMEOUT_S)
+
+
+_SERVER = """
+import sys, time
+from hicache.mooncake import Pool
+from tests.hicache.mooncake.tiers import join, open_tier, random_slab
+from tests.hicache.tier_contract import batch
+tier = join(open_tier(Pool(sys.argv[1], address="127.0.0.1", timeout_s=1.0), random_slab(64, 4096)))
+print(tier._shared.process.pid, flush=True)
+sys.stdin.readline()
+for at in range(4):
+    tier.load(batch(64, "a"))
+time.sleep(0.5)
+print("loading", flush=True)
+time.sleep(600)
+"""
+"""A server that asks a node that it has never talked to."""
+
+
+def test_an_answer_after_a_pause_of_everybody_is_not_believed(
+    own_master: Master, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile Mooncake may have given the call up: its transfers would go on."""
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        client = client_of(on)
+        times = iter([0.0, process.KILL_AFTER_S + 1])
+        monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: next(times)))
+        assert load(on) == 0
+        monkeypatch.undo()
+        assert not Path(f"/proc/{client}").exists()
+        comes_back(on, "b")
+
+
+def test_a_process_that_ends_just_when_it_has_joined_is_started_again(own_master: Master) -> None:
+    with rig(own_master.pool()) as on:
+        shared = on.tier._shared
+        shared.lost(shared.process)  # by a call of before; then the trial closes the breaker
+        assert not shared.reads.is_open
+        assert not shared.is_joined
+        comes_back(on, "a")
+
+
+def test_many_calls_that_meet_the_end_of_the_process_are_one_failure(own_master: Master) -> None:
+    with rig(own_master.pool()) as on:
+        assert store(on) == 4
+        os.kill(client_of(on), signal.SIGSTOP)
+        futures = [on.tier.load(batch(4, "a", first_slot=20)) for _ in range(8)]
+        os.kill(client_of(on), signal.SIGKILL)
+        assert [settled(future) for future in futures] == [0] * 8
+        assert on.tier._shared.reads._pause_s == FIRST_RETRY_S, "the next trial is not put off"
+        assert on.tier.stats()["crashes"] == 0
+        comes_back(on, "b")
+
+
+def test_stores_do_not_wait_for_a_silent_node_in_turn(own_master: Master) -> None:
+    with rig(own_master.pool(segment_nbytes=0)) as here, rig(own_master.pool()) as there:
+        assert store(here) == 4, "in the other's segment"
+        with frozen(client_of(there)):
+            futures = [here.tier.store(batch(40, seed)) for seed in "bcd"]
+            assert [settled(future) for future in futures] == [0, 0, 0]
+            assert here.tier.stats()["restarts"] == 0
+            assert "did not take pages" in here.tier.health().reason
+        wait_for("stores go on", lambda: store(here, "e") == 4 or None, RECOVERY_TIMEOUT_S)
+
+
 def test_a_bug_in_the_client_process_is_a_miss(own_master: Master) -> None:
     """A message that it cannot know."""
     with rig(own_master.pool()) as on:
@@ -253,8 +343,7 @@ def test_a_pool_that_is_full_evicts_and_what_it_refuses_is_counted(own_master: M
     """Four times more than the segment holds: the master evicts what nobody has looked up lately."""
     with rig(own_master.pool(segment_nbytes=16 << 20), random_slab(64, 256 << 10)) as on:
         for n in range(4):
-            stored = store(on, f"s{n}", 64)
-            assert stored <= 64
+            store(on, f"s{n}", 64)
         stats = on.tier.stats()
         assert stats["skipped_full"] > 0
         assert stats["write_errors"] == 0
