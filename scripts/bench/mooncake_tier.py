@@ -5,8 +5,9 @@
     python scripts/bench/mooncake_tier.py pieces
 
 The same pages are loaded by the tier, checksums included, and by one bare `batch_get_into` of all of them, which checks
-nothing; and stored by the tier and by one bare `batch_put_from`. Once with the pages in the segment of another process
-(remote), once in that of whoever loads them (local). Pages lie in random order in the slab, and the tier has them in
+nothing; and stored by the tier and by one bare `batch_put_from`. With the pages in the segment of another process
+(remote), which shares all cores, or has one to itself as if it were another node (apart); and in that of whoever loads
+them (local). Pages lie in random order in the slab, and the tier has them in
 batches of at most 32 MiB that are asked for at once, as the engine asks. Bare calls are made by a process of their own,
 with Mooncake's own settings. Tier and bare call take turns; a ratio is the median of the rounds' ratios.
 
@@ -47,7 +48,9 @@ from hicache.tier import Batch, batches
 from transfer.slab import Slab
 
 ADDRESS: Final = "127.0.0.1"
-TARGETS: Final = {("load", "remote"): 0.9, ("load", "local"): 0.7, ("store", "remote"): 0.9, ("store", "local"): 0.9}
+_CORES: Final = sorted(os.sched_getaffinity(0))
+SEGMENTS: Final = ("remote", "apart", "local")
+TARGETS: Final = {"load": {"remote": 0.9, "apart": 0.9, "local": 0.7}, "store": dict.fromkeys(SEGMENTS, 0.9)}
 PIECES: Final = (4, 8, 16, 32, 64, 500)
 START_TIMEOUT_S: Final = 60.0
 
@@ -67,7 +70,9 @@ class Rate:
 class Bare:
     """Mooncake's own client in a process of its own: orders go to its standard input, seconds come back."""
 
-    def __init__(self, master: str, segment_nbytes: int, n_pages: int, page_nbytes: int) -> None:
+    def __init__(
+        self, master: str, segment_nbytes: int, n_pages: int, page_nbytes: int, cores: Sequence[int] = ()
+    ) -> None:
         arguments = (master, str(segment_nbytes), str(n_pages), str(page_nbytes))
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--bare", *arguments],
@@ -76,6 +81,7 @@ class Bare:
             stderr=subprocess.DEVNULL,
             text=True,
             env=os.environ | {"MC_TCP_BIND_ADDRESS": ADDRESS},
+            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
         )
         self._read()
 
@@ -170,20 +176,19 @@ class Tier:
 
 
 @contextmanager
-def pool(n_pages: int, page_nbytes: int, *, is_remote: bool) -> Iterator[tuple[Tier, Bare]]:
-    """Both on one master. Remote: the only segment is that of a third process."""
+def pool(n_pages: int, page_nbytes: int, segment: str) -> Iterator[tuple[Tier, Bare]]:
+    """Both on one master. Not local: the only segment is that of a third process."""
     room = 6 * n_pages * page_nbytes + (64 << 20)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-mooncake-")))
         master = stack.enter_context(mooncake_master(folder, Deadline(3600)))
-        if is_remote:
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, cores[:1])
-            stack.callback(os.sched_setaffinity, 0, cores)  # what is started now has this core, too
-            owner = Bare(master, room, 1, page_nbytes)
+        if segment != "local":
+            owner = Bare(master, room, 1, page_nbytes, cores=_CORES[:1] if segment == "apart" else _CORES)
             stack.callback(owner.close)
-            os.sched_setaffinity(0, cores[1:])
-        own = 0 if is_remote else room
+        if segment == "apart":
+            os.sched_setaffinity(0, _CORES[1:])  # and that of what is started from now on
+            stack.callback(os.sched_setaffinity, 0, _CORES)
+        own = room if segment == "local" else 0
         tier = Tier(master, own, n_pages, page_nbytes)
         stack.callback(tier.close)
         bare = Bare(master, own, n_pages, page_nbytes)
@@ -191,9 +196,9 @@ def pool(n_pages: int, page_nbytes: int, *, is_remote: bool) -> Iterator[tuple[T
         yield tier, bare
 
 
-def measure(n_pages: int, page_nbytes: int, n_rounds: int, *, is_remote: bool) -> list[Rate]:
+def measure(n_pages: int, page_nbytes: int, n_rounds: int, segment: str) -> list[Rate]:
     seconds: dict[str, list[tuple[float, float]]] = {"load": [], "store": []}
-    with pool(n_pages, page_nbytes, is_remote=is_remote) as (tier, bare):
+    with pool(n_pages, page_nbytes, segment) as (tier, bare):
         for n in range(n_rounds + 2):
             stored, put = _in_turns(n, lambda n=n: tier.store(n), lambda n=n: bare("put", str(n)))  # type: ignore[misc]
             loaded, got = _in_turns(n, lambda n=n: tier.load(n), lambda n=n: bare("get", str(n)))  # type: ignore[misc]
@@ -202,7 +207,7 @@ def measure(n_pages: int, page_nbytes: int, n_rounds: int, *, is_remote: bool) -
             if n >= 2:  # the first ones touch memory for the first time
                 seconds["store"].append((stored, put))
                 seconds["load"].append((loaded, got))
-    gb, segment = n_pages * page_nbytes / 1e9, "remote" if is_remote else "local"
+    gb = n_pages * page_nbytes / 1e9
     return [
         Rate(
             what,
@@ -210,7 +215,7 @@ def measure(n_pages: int, page_nbytes: int, n_rounds: int, *, is_remote: bool) -
             gb / statistics.median(tier_s for tier_s, _ in pairs),
             gb / statistics.median(bare_s for _, bare_s in pairs),
             statistics.median(bare_s / tier_s for tier_s, bare_s in pairs),
-            TARGETS[what, segment],
+            TARGETS[what][segment],
         )
         for what, pairs in seconds.items()
     ]
@@ -226,7 +231,7 @@ def _in_turns(n: int, first: Callable[[], float], second: Callable[[], float]) -
 def pieces(n_pages: int, page_nbytes: int, n_rounds: int) -> dict[int, float]:
     """GB/s of a bare remote load by so many pages a call, medians."""
     rates: dict[int, list[float]] = {piece: [] for piece in PIECES}
-    with pool(n_pages, page_nbytes, is_remote=True) as (_, bare):
+    with pool(n_pages, page_nbytes, "remote") as (_, bare):
         bare("put", "0")
         bare("get", "0")
         for _ in range(n_rounds):
@@ -256,9 +261,7 @@ def main(argv: Sequence[str]) -> int:
             console.print(f"{piece:4d} pages a call: {gb_per_s:.2f} GB/s")
         return 0
     rates = [
-        rate
-        for is_remote in (True, False)
-        for rate in measure(options.pages, options.page_nbytes, options.rounds, is_remote=is_remote)
+        rate for segment in SEGMENTS for rate in measure(options.pages, options.page_nbytes, options.rounds, segment)
     ]
     table = Table("", "segment", "tier, GB/s", "bare, GB/s", "tier / bare", "target")
     for rate in rates:
