@@ -18,7 +18,7 @@ import pytest
 
 from sgl_lmcache.mooncake_master import METRICS_PORT
 from tests.server.conftest import ARGUMENTS, Fleet, check_at_rest
-from tests.server.test_valkey import BATCHED, share_from_storage
+from tests.server.sharing import BATCHED, LEAST_SHARE, share_from_storage
 from tests.server.traffic import Prompt, Tolerance, prompt, reusable
 from tests.support.proxy import CALM, Proxy, Route, Trouble
 from tests.support.server import ANSWER_TIMEOUT_S, Answer, Server, Setup, wait_for
@@ -53,7 +53,6 @@ N_DOCUMENTS = 60
 """Together several times more than HBM and host memory of a node hold."""
 
 N_REQUESTS = 100
-LEAST_SHARE = 0.3
 
 TROUBLE = Trouble(delayed=0.2, delay_s=(0.001, 0.03), stalled=0.002, stall_s=(0.5, 3.0), reset=0.002)
 

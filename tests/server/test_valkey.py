@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest, running
+from tests.server.sharing import BATCHED, LEAST_SHARE, check_that_servers_share, share_from_storage
 from tests.server.traffic import Prompt, Tolerance, prompt, reusable
 from tests.support.blackhole import bad_server, say_nothing
 from tests.support.server import ANSWER_TIMEOUT_S, Answer, Server, Setup, wait_for
@@ -23,10 +24,6 @@ pytestmark = pytest.mark.server
 PREFETCH_TIMEOUT_S = 3
 N_CLIENTS = 16
 
-BATCHED = Tolerance(0.2)
-"""More than stock SGLang differs from itself when prompts are computed with others at once (`tolerances`)."""
-
-LEAST_SHARE = 0.3
 N_DOCUMENTS = 60
 """Several times more than HBM and host memory hold."""
 
@@ -58,18 +55,9 @@ def store(tmp_path: Path) -> Iterator[StoreServer]:
 def test_a_second_server_answers_from_what_the_first_has_computed(
     fleet: Fleet, store: StoreServer, tmp_path: Path, n_ranks: int
 ) -> None:
-    tokens = prompt("shared", 1500)
-    with ExitStack() as stack:
-        first, second = (
-            stack.enter_context(running(fleet, at_tp(valkey_setup(store, name), n_ranks), tmp_path / name))
-            for name in ("first", "second")
-        )
-        cold = first.generate(tokens)
-        check_at_rest(first)
-        hit = second.generate(tokens)
-        assert (hit.storage_tokens, hit.device_tokens, hit.host_tokens) == (reusable(tokens), 0, 0)
-        Tolerance(0.0).check(hit, cold)
-        check_at_rest(second)
+    check_that_servers_share(
+        fleet, [at_tp(valkey_setup(store, name), n_ranks) for name in ("first", "second")], tmp_path
+    )
 
 
 def test_a_tenant_is_never_served_what_another_has_stored(fleet: Fleet, store: StoreServer, tmp_path: Path) -> None:
@@ -153,10 +141,6 @@ class Load:
         assert answer.finish_reason == "length"
         BATCHED.check(answer, self.expected.setdefault(document, answer))
         return answer
-
-
-def share_from_storage(answers: list[Answer]) -> float:
-    return sum(answer.storage_tokens for answer in answers) / sum(answer.prompt_tokens for answer in answers)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,63 +9,26 @@ from typing import Any
 
 from hicache.mooncake import Pool
 from sgl_lmcache.mooncake_master import find_program
-from tests.support.processes import free_port, wait_for
+from tests.support.processes import Daemon, free_port
 
-START_TIMEOUT_S = 30.0
 ADDRESS = "127.0.0.1"
 
 
-class Master:
+class Master(Daemon):
     """One master. options: its flags, but for its ports. lease: how long it protects what somebody has looked up."""
 
     def __init__(
         self, folder: Path, *options: str, lease: str = "2s", port: int | None = None, metrics_port: int | None = None
     ) -> None:
-        self.port = port or free_port()
+        super().__init__(folder, port)
+        self._options = options
+        self._lease = lease
         self._metrics_port = metrics_port or free_port()
-        self._folder = folder
-        self._command = [
-            find_program(),
-            *options,
-            f"--rpc_port={self.port}",
-            f"--metrics_port={self._metrics_port}",
-            f"--default_kv_lease_ttl={lease}",
-            "--client_ttl=3",
-            "--logtostderr",
-        ]
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, waits: bool = True) -> None:
-        """waits: until it takes calls, which one of several does only when it leads."""
-        self._folder.mkdir(exist_ok=True)
-        with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(self._command, cwd=self._folder, stdout=log, stderr=log)
-        if waits:
-            wait_for("the master accepts connections", self.leads, START_TIMEOUT_S)
-
-    def leads(self) -> bool | None:
-        """True if it takes calls; None before, as `wait_for` wants it."""
-        assert self._process is not None
-        assert self._process.poll() is None, (self._folder / "log").read_text(encoding="utf-8")[-2000:]
-        try:
-            socket.create_connection((ADDRESS, self.port), 1.0).close()
-        except OSError:
-            return None
-        return True
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def freeze(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+    def command(self) -> list[str]:
+        ports = [f"--rpc_port={self.port}", f"--metrics_port={self._metrics_port}"]
+        more = [f"--default_kv_lease_ttl={self._lease}", "--client_ttl=3", "--logtostderr"]
+        return [find_program(), *self._options, *ports, *more]
 
     def pool(self, **options: Any) -> Pool:
         """On loopback a call is answered at once, so that a test need not wait for long to see that it is not."""

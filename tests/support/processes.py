@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
+START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
@@ -99,6 +100,54 @@ class ProcessGroup:
 
     def log_tail(self) -> str:
         return "\n".join(self.log().splitlines()[-40:])
+
+
+class Daemon:
+    """A server on a port of loopback that can be killed, stopped, and started again. Its output goes to `folder/log`.
+
+    port: None for a free one.
+    """
+
+    def __init__(self, folder: Path, port: int | None) -> None:
+        self.port = port or free_port()
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        """What starts it."""
+        raise NotImplementedError
+
+    def start(self, *, waits: bool = True) -> None:
+        """waits: until it takes connections."""
+        self._folder.mkdir(exist_ok=True)
+        with (self._folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(self.command(), cwd=self._folder, stdout=log, stderr=log)
+        if waits:
+            wait_for("the server accepts connections", self.accepts, START_TIMEOUT_S)
+
+    def accepts(self) -> bool | None:
+        """True if it takes connections; None before, as `wait_for` wants it."""
+        assert self._process is not None
+        assert self._process.poll() is None, (self._folder / "log").read_text(encoding="utf-8")[-2000:]
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+        except OSError:
+            return None
+        return True
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def freeze(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
 
 def free_port() -> int:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import socket
-import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from hicache.valkey import Endpoint
-from tests.support.processes import free_port, wait_for
+from tests.support.processes import Daemon, free_port, wait_for
 
 START_TIMEOUT_S = 30.0
 
@@ -28,45 +25,17 @@ def redis_binary() -> str | None:
     return shutil.which("redis-server")
 
 
-class StoreServer:
-    """One server on loopback, without persistence, that can be killed, stopped and started again on its port."""
+class StoreServer(Daemon):
+    """One server on loopback, without persistence."""
 
     def __init__(self, folder: Path, *options: str, binary: str | None = None, port: int | None = None) -> None:
-        self.port = port or free_port()
-        self._folder = folder
+        super().__init__(folder, port)
         self._options = options
         self._binary = binary or valkey_binary()
-        self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        self._folder.mkdir(exist_ok=True)
+    def command(self) -> list[str]:
         command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
-        with (self._folder / "log").open("ab") as log:
-            self._process = subprocess.Popen([*command, *self._options], cwd=self._folder, stdout=log, stderr=log)
-        wait_for("the store accepts connections", self._accepts, START_TIMEOUT_S)
-
-    def _accepts(self) -> bool | None:
-        assert self._process is not None
-        assert self._process.poll() is None, (self._folder / "log").read_text(encoding="utf-8")[-2000:]
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
-        except OSError:
-            return None
-        return True
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def freeze(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        return [*command, *self._options]
 
     def endpoint(self, **options: Any) -> Endpoint:
         """On loopback a call is answered at once, so that a test need not wait for long to see that it is not."""

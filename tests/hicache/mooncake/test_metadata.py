@@ -86,7 +86,7 @@ def test_of_several_masters_another_leads_when_one_is_killed(tmp_path: Path) -> 
             )
 
         first = another("first")
-        wait_for("the first leads", first.leads, LEADER_TIMEOUT_S)
+        wait_for("the first leads", first.accepts, LEADER_TIMEOUT_S)
         another("second")
         with rig(first.pool(master=tier.master)) as here, rig(first.pool(master=tier.master)) as there:
             assert store(here, "a") == 4
