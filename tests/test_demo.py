@@ -18,6 +18,7 @@ from typing import cast
 import pytest
 from rich.console import Console
 
+from sgl_lmcache.mooncake import explain_unusable
 from sgl_lmcache.serve import Launch
 from tests.support.server import Server, Setup, wait_for
 
@@ -88,7 +89,7 @@ def test_a_story_that_holds_has_no_complaints() -> None:
         (outcome(Row.NEW, host=900), "was to be new"),
         (outcome(Row.CHAT, differs=True), "differs"),
         (outcome(Row.RESTARTED, host=900), "was to come from the SSD"),
-        (outcome(Row.SHARED, below=400), "was to come from Valkey"),
+        (outcome(Row.SHARED, below=400), "was to be shared"),
     ],
 )
 def test_a_story_that_does_not_hold_is_told(bad: Outcome, complaint: str) -> None:
@@ -234,6 +235,17 @@ def test_a_busy_port_is_told_and_nothing_starts(capsys: pytest.CaptureFixture[st
     demo_server.check_port(port)
 
 
+def test_a_cluster_without_what_it_needs_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = explain_unusable("ImportError: libnuma.so.1: cannot open shared object file")
+    monkeypatch.setattr(demo, "why_unusable", lambda: sentence)
+    assert demo.main(["--cluster"]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("--cluster needs Mooncake: ")
+    assert "apt-get install libibverbs1 librdmacm1 libnuma1" in said
+
+
 def test_documents_that_hbm_would_hold_together_are_refused() -> None:
     with pytest.raises(SystemExit):
         demo.parse_arguments(["--document-tokens", "500"])
@@ -344,8 +356,9 @@ def host_tokens(printed: str) -> list[int]:
 
 
 @pytest.mark.server
-def test_demo() -> None:
-    arguments = ["--model", "tiny", "--document-tokens", "2000", "--answer-tokens", "4", "--time-limit", "900"]
+@pytest.mark.parametrize("shared", [(), ("--cluster",)], ids=["valkey", "mooncake"])
+def test_demo(shared: tuple[str, ...]) -> None:
+    arguments = [*shared, "--model", "tiny", "--document-tokens", "2000", "--answer-tokens", "4", "--time-limit", "900"]
     sizes = ["--host-capacity", "64MiB", "--ssd-capacity", "256MiB"]
     result = json.loads(run("scripts/demo.py", *arguments, *sizes, "--json"))
     assert result["ok"], result["failures"]
