@@ -31,6 +31,8 @@ START_SOURCES = (
         "sgl_lmcache/memory.py",
         "sgl_lmcache/tiers.py",
         "sgl_lmcache/valkey.py",
+        "sgl_lmcache/mooncake.py",
+        "sgl_lmcache/mooncake_master.py",
     ),
     *("hicache/ssd/directory.py", "hicache/ssd/locks.py", "hicache/ssd/opening.py", "hicache/ssd/tier.py"),
     *("sgl_lmcache/serve.py", "sgl_lmcache/cpu/mode.py", "transfer/slab.py"),
@@ -44,7 +46,7 @@ PASSED_ON = [["sgl_lmcache: ", "."]]
 """What only passes another's sentence on."""
 
 WARNINGS = {"logger.warning", "logger.error", "logger.exception"}
-LOGS = ("hicache", "transfer", "sgl_lmcache/tiers.py", "sgl_lmcache/valkey.py")
+LOGS = ("hicache", "transfer", "sgl_lmcache/tiers.py", "sgl_lmcache/valkey.py", "sgl_lmcache/mooncake.py")
 """Whose warnings and errors have rows too: what a tier below host memory says while the server runs."""
 
 FOREIGN_OPTIONS = {"--ulimit", "--cache-config"}
