@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
-from tests.server.conftest import Fleet, check_at_rest, running
+from tests.server.conftest import Fleet, running
 from tests.server.traffic import Tolerance, prompt, reusable
 from tests.support.server import Answer, Server, Setup
 
@@ -26,16 +27,19 @@ def check_that_servers_share(
 ) -> None:
     """Start two, and ask the second what the first has answered: all comes from the store, and the answer is the same.
 
-    ready: waits until a server uses the store.
+    ready: waits until a server uses the store. Their schedulers sleep when idle, or they would take all cores from each
+    other.
     """
     tokens = prompt("shared", 1500)
+    asleep = [replace(setup, arguments=(*setup.arguments, "--sleep-on-idle")) for setup in setups]
     with ExitStack() as stack:
-        first, second = (stack.enter_context(running(fleet, setup, folder / setup.name)) for setup in setups)
+        first, second = (stack.enter_context(running(fleet, setup, folder / setup.name)) for setup in asleep)
         for server in (first, second):
             ready(server)
         cold = first.generate(tokens)
-        check_at_rest(first)
+        first.at_rest()
         hit = second.generate(tokens)
         assert (hit.storage_tokens, hit.device_tokens, hit.host_tokens) == (reusable(tokens), 0, 0)
         Tolerance(0.0).check(hit, cold)
-        check_at_rest(second)
+        seen = [server.at_rest() for server in (first, second)]
+        assert [one.first_violation for one in seen] == [None, None]
