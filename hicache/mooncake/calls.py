@@ -52,6 +52,7 @@ class Shared:
     queued_nbytes: int = 0
     """Of stores that have not ended."""
     is_closed: bool = False
+    is_on_trial: bool = False
     told: set[Breaker] = field(default_factory=set)
     """Those of which the log has been told that they are open."""
 
@@ -126,11 +127,15 @@ class PoolCall(Call):
         return TierError(f"{self.shared.pool} {error}")
 
 
-class Exists(PoolCall):
-    is_urgent = True
+class _Question(PoolCall):
+    """Nothing is moved, so a piece may have many pages."""
 
     def __init__(self, shared: Shared, keys: bytes, future: Future[int]) -> None:
         super().__init__(shared, keys, MAX_KEYS, future)
+
+
+class Exists(_Question):
+    is_urgent = True
 
     def message(self, positions: range) -> messages.Call:
         return messages.Exists(self.keys(positions))
@@ -139,11 +144,8 @@ class Exists(PoolCall):
         return n_head
 
 
-class Delete(PoolCall):
+class Delete(_Question):
     is_read = False
-
-    def __init__(self, shared: Shared, keys: bytes, future: Future[int]) -> None:
-        super().__init__(shared, keys, MAX_KEYS, future)
 
     def message(self, positions: range) -> messages.Call:
         return messages.Delete(self.keys(positions))
@@ -266,10 +268,9 @@ class Trial(Work):
     is_urgent = True
     nbytes = 0
 
-    def __init__(self, shared: Shared, start_process: Callable[[], ClientProcess], ended: Callable[[], None]) -> None:
+    def __init__(self, shared: Shared, start_process: Callable[[], ClientProcess]) -> None:
         self._shared = shared
         self._start_process = start_process
-        self._ended = ended
 
     def run(self) -> None:
         shared = self._shared
@@ -292,4 +293,4 @@ class Trial(Work):
             shared.failed(shared.reads, str(self.error))
         elif not self.withdrawn:
             shared.served(shared.reads)
-        self._ended()
+        shared.is_on_trial = False

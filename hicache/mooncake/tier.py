@@ -67,9 +67,7 @@ class MooncakeTier(Tier):
             process=process,
         )
         self._max_queued_nbytes = max_queued_nbytes
-        self._closed = False
         self._told_clear = False
-        self._is_on_trial = False
         self._try()
 
     @property
@@ -133,7 +131,7 @@ class MooncakeTier(Tier):
 
     def health(self) -> Health:
         shared = self._shared
-        if self._closed:
+        if shared.is_closed:
             return Health(False, "closed")
         self._try_if_due()
         if shared.reads.is_open:
@@ -165,10 +163,10 @@ class MooncakeTier(Tier):
 
     def close(self) -> None:
         """Withdraw what is queued, wait for what is under way as long as it may take, and leave the pool."""
-        if self._closed:
-            return
         shared = self._shared
-        self._closed = shared.is_closed = True
+        if shared.is_closed:
+            return
+        shared.is_closed = True
         wait_s = 1.0 + _HANGS_AFTER * shared.pool.timeout_s
         is_quiet = shared.workers.stop(wait_s)
         if not is_quiet and shared.process is not None:
@@ -183,7 +181,7 @@ class MooncakeTier(Tier):
 
     def _is_out(self) -> bool:
         """Whether nobody can be asked. Has the pool tried if the time has come."""
-        if self._closed:
+        if self._shared.is_closed:
             return True
         self._try_if_due()
         return self._shared.reads.is_open or not self._shared.is_joined or self._is_hung()
@@ -194,12 +192,9 @@ class MooncakeTier(Tier):
     def _try_if_due(self) -> None:
         """Also if the process has ended just when it had joined, which has closed the breaker."""
         reads = self._shared.reads
-        if (reads.is_due if reads.is_open else not self._shared.is_joined) and not self._is_on_trial:
+        if (reads.is_due if reads.is_open else not self._shared.is_joined) and not self._shared.is_on_trial:
             self._try()
 
     def _try(self) -> None:
-        self._is_on_trial = True
-        self._shared.workers.submit([Trial(self._shared, self._start_process, self._tried)])
-
-    def _tried(self) -> None:
-        self._is_on_trial = False
+        self._shared.is_on_trial = True
+        self._shared.workers.submit([Trial(self._shared, self._start_process)])

@@ -4,12 +4,12 @@
     python scripts/bench/mooncake_tier.py [--pages 500] [--page-nbytes 393216] [--rounds 15] [--json FILE]
     python scripts/bench/mooncake_tier.py pieces
 
-The same pages are loaded by the tier, checksums included, and by one bare `batch_get_into` of all of them, which checks
-nothing; and stored by the tier and by one bare `batch_put_from`. With the pages in the segment of another process
-(remote), which shares all cores, or has one to itself as if it were another node (apart); and in that of whoever loads
-them (local). Pages lie in random order in the slab, and the tier has them in
-batches of at most 32 MiB that are asked for at once, as the engine asks. Bare calls are made by a process of their own,
-with Mooncake's own settings. Tier and bare call take turns; a ratio is the median of the rounds' ratios.
+The same pages are loaded by the tier, checksums included, and by one bare `batch_get_into` of all of them, which
+checks nothing; and stored by the tier and by one bare `batch_put_from`. With the pages in the segment of another
+process (remote), which shares all cores, or has one to itself as if it were another node (apart); and in that of
+whoever loads them (local). Pages lie in random order in the slab, and the tier has them in batches of at most 32 MiB
+that are asked for at once, as the engine asks. Bare calls are made by a process of their own, with Mooncake's own
+settings. Tier and bare call take turns; a ratio is the median of the rounds' ratios.
 
 pieces: how many pages a call should move: bare calls of so many pages each, one after another, beside one of all.
 
