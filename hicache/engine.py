@@ -27,7 +27,7 @@ All methods run on the one thread that owns the engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final
@@ -38,13 +38,17 @@ from numpy.typing import NDArray
 from hicache.fetches import NO_ROWS, Fetch
 from hicache.host import HostTier, Slots
 from hicache.lower import Lower, LowerTier
+from hicache.pins import Pins
 from hicache.prefills import Prefill, Prefills
+from hicache.quotas import QuotaError, Tenants
 from hicache.speed import PrefillSpeed
-from hicache.stats import Stats
+from hicache.stats import Observed, Stats
 from hicache.ticket import Ticket, Verdict
 from hicache.tier import Tier, true_prefix
 from hicache.waits import Waits
-from radix import HBM, HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
+from hicache.whereabouts import Inquiry
+from radix import HBM, HOST, INCOMING, KEY_NBYTES, RESIDENT, ROOT, Index, IndexFull, Rows
+from radix.departures import CAPACITY, DISAGREEMENT, FLUSH, WEIGHTS
 
 UNKNOWN: Final = 2**62
 """What a rank reports of a thing that is another's to know: no minimum is greater."""
@@ -82,11 +86,12 @@ class Engine:
     ticket_timeout_s: how long a request may wait for pages on their way into host memory.
     max_leased_share: how much of the host tier waiting requests may pin together, from 0 to 1. Beyond it a ticket opens
         without leases: its request still hits what is there when it is admitted, but the pages may leave before that.
-    clock: monotonic seconds, for deadlines only.
+    clock: monotonic seconds, for deadlines and for what is observed.
     tiers: what lies below host memory, fastest first; the engine closes them. batch_pages: the most that one call of a
         tier moves.
     fetch_only_if_faster: compute what the tiers would take longer to load, by what was measured of both.
     fetch_timeout_s: how long a load may take before its pages are given up, whether somebody waits for it or not.
+    tenants: cache salts that have a quota on a tier below from the start.
 
     Raises ValueError for a write policy that does not exist.
     """
@@ -103,11 +108,15 @@ class Engine:
         batch_pages: int = 16,
         fetch_only_if_faster: bool = False,
         fetch_timeout_s: float = 5.0,
+        tenants: Collection[str] = (),
     ) -> None:
         self.stats = Stats()
+        self.observed = Observed()
+        self.clock = clock
         self.index = index
-        self.host = HostTier(index, n_slots, self.stats)
+        self.host = HostTier(index, n_slots, self.stats, self.observed, clock)
         self.prefill_speed = PrefillSpeed()
+        self._tenants = Tenants(tenants)
         self.below: Lower | None = None
         if tiers:
             self.below = Lower(
@@ -115,13 +124,17 @@ class Engine:
                 index,
                 self.host,
                 self.stats,
+                self.observed,
                 self.prefill_speed,
                 batch_pages=batch_pages,
                 only_if_faster=fetch_only_if_faster,
                 timeout_s=fetch_timeout_s,
                 clock=clock,
+                tenant_of=self._tenants.of,
             )
         self.tainted = False
+        self.taint_reason = FLUSH
+        """Why it is tainted, or was last."""
         self._is_retired = False
         self.digest = 0
         self.has_decided = False
@@ -134,6 +147,7 @@ class Engine:
         self._arriving: Waits[Ticket] = Waits(ticket_timeout_s, clock)
         self._following: Waits[Ticket] = Waits(FOLLOW_TIMEOUT_S, clock)
         self._prefills = Prefills(index)
+        self._pins = Pins(index, n_slots, clock)
         self._n_copying = 0
 
     # ---- write-back ----
@@ -202,6 +216,7 @@ class Engine:
 
     def _mirror(self, keys: bytes, parent: bytes | None) -> Rows | None:
         """Rows of pages that are in HBM now; None when the index has no room or does not know the parent."""
+        self.host.departures.came(keys, HBM, self.clock())
         parent_row: int | None = ROOT
         if parent is not None:
             parent_row = self.index.row_of(parent)
@@ -219,7 +234,12 @@ class Engine:
     def hbm_evicted(self, keys: bytes) -> None:
         """SGLang has dropped these pages, a run in path order, from HBM."""
         rows = self.index.match(keys)
-        self.index.drop(rows[self.index.states(rows, HBM) == State.RESIDENT], HBM)
+        in_hbm = rows[self.index.states(rows, HBM) == RESIDENT]
+        self.stats.hbm_evicted += len(in_hbm)
+        gone = in_hbm[~self.host.held(in_hbm)]
+        if len(gone):
+            self.host.departures.left(self.index.keys_of(gone), HBM, CAPACITY, self.clock())
+        self.index.drop(in_hbm, HBM)
 
     def hbm_used(self, key: bytes) -> None:
         """A request hit HBM down to this page: keep the host copies of its path as recent as HBM's."""
@@ -259,12 +279,17 @@ class Engine:
 
     # ---- tickets ----
 
-    def open_ticket(self, keys: bytes, parent: bytes | None) -> Ticket:
-        """A request waits for these pages below `parent`: lease what host memory has of its path, fetch the rest."""
+    def open_ticket(self, keys: bytes, parent: bytes | None, *, tenant: str = "") -> Ticket:
+        """A request waits for these pages below `parent`: lease what host memory has of its path, fetch the rest.
+
+        tenant: the request's cache salt, empty for none.
+        """
         self.has_decided = True
         self.stats.tickets += 1
+        self._hear(keys, parent, tenant)
         held = NO_ROWS if self.tainted else self._held_path(keys, parent)
-        ticket = Ticket(NO_ROWS, Prefill(keys))
+        self.host.asked(held)
+        ticket = Ticket(NO_ROWS, Prefill(keys, last_key=(keys or parent or b"")[-KEY_NBYTES:]))
         self._tickets.add(ticket)
         self._lease_for(ticket, held)
         if self.below is not None and not self.tainted:
@@ -274,6 +299,23 @@ class Engine:
             ticket.verdict = Verdict.WAIT
             self._arriving.add(ticket)
         return ticket
+
+    def _hear(self, keys: bytes, parent: bytes | None, tenant: str) -> None:
+        """Note whose path a request asks for, and tell policies and pins, if the index knows what lies above."""
+        above = NO_ROWS
+        if parent is not None:
+            row = self.index.row_of(parent)
+            if row is None:
+                return
+            above = self.index.path(row)
+        path = self.index.keys_of(above) + keys
+        if path and self._tenants.knows(tenant):
+            self._tenants.begins(tenant, path[:KEY_NBYTES])
+            if parent is None:
+                self.index.assign(path[:KEY_NBYTES], self.host.quotas.group_of(tenant))
+        if not self.tainted:
+            self.index.asked(path)
+            self._pins.asked(path)
 
     def _lease_for(self, ticket: Ticket, rows: Rows) -> None:
         """Give the ticket leases on these rows in place of those it has, if waiting requests may lease so much.
@@ -321,9 +363,20 @@ class Engine:
         self._prefills.launch(ticket.prefill)
         return ticket.prefill
 
-    def end_prefill(self, prefill: Prefill) -> None:
-        """The request has ended, however it did; whoever waits for its pages goes on without it."""
+    def end_prefill(self, prefill: Prefill, *, n_answer_tokens: int | None = None) -> None:
+        """The request has ended, however it did; whoever waits for its pages goes on without it.
+
+        n_answer_tokens: of a whole answer, which says something about the next turn; None: there is none.
+        """
         self._prefills.end(prefill)
+        if n_answer_tokens is None or not prefill.last_key:
+            return
+        row = self.index.row_of(prefill.last_key)
+        if row is None:
+            return
+        self.index.answered(row, n_answer_tokens)
+        if self.below is not None and not self.tainted:
+            self.below.answered(row)
 
     def close_ticket(self, ticket: Ticket) -> None:
         """End a ticket's leases. A ticket is closed once; the prefill of one that was never launched ends with it."""
@@ -379,8 +432,8 @@ class Engine:
         """Whether a page of it is on its way into host memory, or may be. Pages that HBM has are not waited for."""
         if ticket.is_fetching:
             return True
-        arriving = self.index.states(ticket.rows, HOST) == State.INCOMING
-        return bool((arriving & (self.index.states(ticket.rows, HBM) != State.RESIDENT)).any())
+        arriving = self.index.states(ticket.rows, HOST) == INCOMING
+        return bool((arriving & (self.index.states(ticket.rows, HBM) != RESIDENT)).any())
 
     def _held_path(self, keys: bytes, parent: bytes | None) -> Rows:
         """The rows from the root to the deepest page that host memory holds or receives on this path."""
@@ -394,45 +447,101 @@ class Engine:
         path = self.index.path(row)
         return path[: true_prefix(self.host.held(path))]
 
+    # ---- what users ask for ----
+
+    def inquire(self, keys: bytes) -> Inquiry:
+        """Ask where the pages of the path `keys`, from the root, are, and what became of them. Decides nothing."""
+        n_held = true_prefix(self.host.held(self.index.match(keys)))
+        return Inquiry(() if self.below is None else self.below.tiers, keys, n_held)
+
+    def pin(self, keys: bytes, ttl_s: float) -> None:
+        """Keep the path `keys`, from the root, in host memory until nobody has asked for it for ttl_s.
+
+        Pages that are not there now are kept once they are. The same call on all ranks. Raises PinError.
+        """
+        self._pins.set(keys, ttl_s)
+
+    def unpin(self, keys: bytes) -> bool:
+        """End the pin of exactly this path. False: there is none. The same call on all ranks."""
+        return self._pins.take_back(keys)
+
+    def set_quota(self, tenant: str, n_pages: int, *, tier: str = "host") -> None:
+        """Let the pages of a tenant hold so many slots of host memory, or of the tier below of this name, on each rank.
+
+        tenant: a cache salt. The same call on all ranks. Raises QuotaError (`hicache.quotas`), with nothing changed.
+        """
+        if tier == "host":
+            self.host.set_quota(tenant, n_pages)
+        elif self.below is None:
+            raise QuotaError(f"there is no {tier} tier; there is only host memory")
+        else:
+            self.below.set_quota(tier, tenant, n_pages)
+        self._tenants.add(tenant)
+
     # ---- what ranks agree on ----
 
     @property
     def is_pending(self) -> bool:
         """Whether there is something to agree on. The same on all ranks."""
-        return bool(self.n_waiting or self.has_decided or (self.below is not None and self.below.is_pending))
+        is_below = self.below is not None and self.below.is_pending
+        return bool(self.n_waiting or self.has_decided or self._pins.is_due or is_below)
 
     @property
     def n_waiting(self) -> int:
         """How many requests have a deadline now: pages of theirs are to arrive, or another computes them."""
-        return len(self._arriving) + len(self._following)
+        return self.n_awaiting_pages + self.n_awaiting_prefills
+
+    @property
+    def n_awaiting_pages(self) -> int:
+        return len(self._arriving)
+
+    @property
+    def n_awaiting_prefills(self) -> int:
+        """How many requests wait for pages that another computes."""
+        return len(self._following)
+
+    @property
+    def n_leased(self) -> int:
+        """How many pages waiting requests lease together."""
+        return self._n_leased
+
+    @property
+    def n_pinned(self) -> int:
+        """How many pages are pinned, in host memory or not."""
+        return self._pins.n_pages
 
     def report(self, *, decides: bool) -> list[int]:
         """What this rank sees for itself, always equally many numbers from 0 to `UNKNOWN`. Never blocks.
 
         decides: whether this rank's clock counts for those who wait. If it does, it says how many have waited their
-        time for pages to arrive, and for another's prefill.
+        time for pages to arrive, and for another's prefill, and which pin has ended.
         """
-        overdue = [self._arriving.n_overdue(), self._following.n_overdue()] if decides else [UNKNOWN, UNKNOWN]
+        overdue = [UNKNOWN] * 3
+        if decides:
+            pin = self._pins.overdue()
+            overdue = [self._arriving.n_overdue(), self._following.n_overdue(), UNKNOWN if pin is None else pin]
         return overdue if self.below is None else overdue + self.below.report()
 
     def follow(self, agreed: Sequence[int]) -> None:
         """Act on the minima over all ranks of their reports."""
         self.has_decided = False
         if self.below is not None:
-            for fetch in self.below.follow(agreed[2:]):
+            for fetch in self.below.follow(agreed[3:]):
                 self._decided(len(fetch.slots), int(fetch.slots[0]), int(fetch.slots[-1]))
         self._expire(*agreed[:2])
+        self._pins.follow(agreed[2], self.host.n_arrivals)
         self.poll_tickets()
 
     # ---- life ----
 
-    def taint(self) -> None:
+    def taint(self, reason: int = WEIGHTS) -> None:
         """What is in HBM or in host memory may be wrong: promise nothing and keep nothing until the next `reset`.
 
         Nobody waits any more either: there is nothing to wait for, and ranks that have come to disagree about what is
-        kept would disagree about who waits.
+        kept would disagree about who waits. reason: of a flush (`radix.departures`), for people.
         """
         self.tainted = True
+        self.taint_reason = reason
         for ticket in self._arriving.expire(len(self._arriving)):
             self._let_go(ticket)
         self._following.expire(len(self._following))
@@ -454,7 +563,11 @@ class Engine:
         for ticket in tuple(self._tickets):
             self.close_ticket(ticket)
         self._prefills.clear()
+        self._pins.let_go()
         lingering = [] if self.below is None else self.below.detach()
+        self.stats.flushed += self.host.n_resident
+        self.stats.hbm_flushed += self.index.count(HBM, RESIDENT)
+        self.host.departures.flushed(self.taint_reason if self.tainted else FLUSH, self.clock())
         self.index.clear()
         self.host.clear(np.concatenate([NO_ROWS, *lingering]))
         self.tainted = self._is_retired
@@ -475,7 +588,7 @@ class Engine:
 
         Blocks until the tiers have ended it. False: one hangs as well. If one does on any rank, all have to `retire`.
         """
-        self.taint()
+        self.taint(DISAGREEMENT)
         self.has_decided = False
         self.digest = 0
         return self.below is None or self.below.settle(STAND_DOWN_S)
@@ -499,5 +612,6 @@ class Engine:
         self.host.check_invariants()
         leased = len(set().union(*(ticket.rows.tolist() for ticket in self._tickets)))
         assert leased == self._n_leased, f"tickets lease {leased} rows, counted {self._n_leased}"
+        self._pins.check_invariants()
         if self.below is not None:
             self.below.check_invariants()

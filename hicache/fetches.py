@@ -24,7 +24,7 @@ way of others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,10 +33,10 @@ import numpy as np
 
 from hicache.host import HostTier, Slots
 from hicache.probe import Load, Probe
-from hicache.stats import Stats
+from hicache.stats import Movement, Observed, Stats
 from hicache.tier import Batch, Tier, true_prefix
 from hicache.waits import Waits
-from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
+from radix import HOST, INCOMING, KEY_NBYTES, ROOT, Index, IndexFull, Rows
 
 N_REPORTED = 8
 """Of the probing, the first so many are reported; of the loading, there are no more."""
@@ -96,6 +96,24 @@ class Fetch:
             self._n_seen += 1
         return self._n_settled, self._n_good
 
+    def origins(self, first: int, end: int) -> Iterator[tuple[str, int]]:
+        """Which tiers have brought pages `first` to `end` from the root, in path order: (tier, how many)."""
+        at = self.start
+        for _, load in self.loads:
+            for brought in load.brought:
+                n_pages = min(at + brought.n_pages, end) - max(at, first)
+                at += brought.n_pages
+                if n_pages > 0:
+                    yield brought.tier, n_pages
+
+    def movements(self) -> Iterator[Movement]:
+        """What each tier has brought."""
+        brought = [one for _, load in self.loads for one in load.brought if one.n_pages]
+        for tier in dict.fromkeys(one.tier for one in brought):
+            own = [one for one in brought if one.tier == tier]
+            started_s, ended_s = min(one.started_s for one in own), max(one.ended_s or 0.0 for one in own)
+            yield Movement(tier, sum(one.n_pages for one in own), ended_s - started_s)
+
     def has_been_left(self) -> bool:
         """Whether no tier is at a slot of it any more."""
         return all(load.done() for _, load in self.loads)
@@ -111,6 +129,7 @@ class Fetches:
 
     max_pages: how many slots may be on their way up at a time. batch_pages: the most that one call of a tier loads.
     timeout_s, clock: how long a load may take, and by what clock. landed: told of rows whose pages have landed.
+    tenant_of: whose path begins with a page (`quotas.Tenants`).
     """
 
     def __init__(
@@ -119,22 +138,26 @@ class Fetches:
         index: Index,
         host: HostTier,
         stats: Stats,
+        observed: Observed,
         *,
         max_pages: int,
         batch_pages: int,
         timeout_s: float,
         clock: Callable[[], float],
         landed: Callable[[Rows], None],
+        tenant_of: Callable[[bytes], str],
     ) -> None:
         self.tiers = tiers
         self._index = index
         self._host = host
         self._stats = stats
+        self._observed = observed
         self._max_pages = max(1, max_pages)
         self._batch_pages = batch_pages
         self._patience_s = timeout_s * PATIENCE_SHARE
         self._clock = clock
         self._tell_landed = landed
+        self._tenant_of = tenant_of
         self._probing: dict[Fetch, None] = {}
         self._found: dict[Fetch, None] = {}
         self._loading: dict[Fetch, None] = {}
@@ -154,6 +177,24 @@ class Fetches:
         fetch = Fetch(keys, parent, depth, n_in_hbm, probe)
         self._probing[fetch] = None
         return fetch
+
+    @property
+    def n_probing(self) -> int:
+        """Fetches whose tiers have not all told what they have."""
+        return len(self._probing)
+
+    @property
+    def n_found(self) -> int:
+        """Fetches that wait for their turn and for room."""
+        return len(self._found)
+
+    @property
+    def n_loading(self) -> int:
+        return len(self._loading)
+
+    @property
+    def n_loading_pages(self) -> int:
+        return self._n_loading_pages
 
     def drop(self, fetch: Fetch) -> None:
         """Nobody waits for it any more: forget it, unless it is loading, which others may profit from."""
@@ -193,6 +234,8 @@ class Fetches:
         for fetch in self._ageing.expire(n_overdue):
             self._give_up(fetch)
         for fetch, (settled, n_found) in zip(tuple(self._probing), pairs[:N_REPORTED], strict=False):
+            if settled:
+                self._count_decision(fetch, n_found)
             if settled and n_found == 0:
                 self._end(fetch)
             elif settled:
@@ -210,6 +253,17 @@ class Fetches:
             self._stats.fetches_declined += 1
             fetch.is_declined = True
         return 1, n_worth
+
+    def _count_decision(self, fetch: Fetch, n_found: int) -> None:
+        """The ranks have agreed to load so many pages of what its tiers have."""
+        if fetch.probe.n_found == 0:
+            self._observed.fetches_absent += 1
+        elif n_found == 0:
+            self._observed.fetches_recomputed += 1
+        elif n_found < fetch.probe.n_found:
+            self._observed.fetches_shortened += 1
+        else:
+            self._observed.fetches_loaded += 1
 
     def futures(self) -> list[Future[int]]:
         """Of the loads that are under way."""
@@ -254,7 +308,7 @@ class Fetches:
     # ---- a fetch ----
 
     def _is_arriving(self, row: int) -> bool:
-        return row != ROOT and bool(self._index.states(np.array([row], np.int32), HOST)[0] == State.INCOMING)
+        return row != ROOT and bool(self._index.states(np.array([row], np.int32), HOST)[0] == INCOMING)
 
     def _has_room(self, n_pages: int) -> bool:
         if not self._loading:
@@ -292,7 +346,8 @@ class Fetches:
         self._n_loading_pages += len(admitted)
         fetch.start = fetch.depth + first
         fetch.rows, fetch.slots = admitted, self._host.slots(admitted)
-        run = Batch.below(above, keys[: len(admitted) * KEY_NBYTES], fetch.slots, fetch.start)
+        tenant = self._tenant_of(self._index.keys_of(self._index.path(int(admitted[0]))[:1]))
+        run = Batch.below(above, keys[: len(admitted) * KEY_NBYTES], fetch.slots, fetch.start, tenant)
         fetch.loads = fetch.probe.load(run, first, batch_pages=self._batch_pages, without=self._stuck_tiers())
         return True
 
@@ -304,7 +359,8 @@ class Fetches:
     def _advance(self, fetch: Fetch, n_settled: int, n_good: int) -> None:
         if n_good > fetch.n_landed:
             landed = fetch.rows[fetch.n_landed : n_good]
-            self._host.land(landed)
+            self._host.land(landed, is_passing=True)
+            self._index.set_backed(landed, True)
             self._stats.fetched += len(landed)
             fetch.n_landed = n_good
             self._tell_landed(landed)
@@ -313,6 +369,7 @@ class Fetches:
         self._stats.fetch_missed += len(fetch.rows) - fetch.n_landed
         self._host.abandon(fetch.rows[fetch.n_landed :])
         self._index.release(fetch.rows)
+        self._observed.movements.extend(fetch.movements())
         self._end(fetch)
 
     def _give_up(self, fetch: Fetch) -> None:

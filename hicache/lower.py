@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from hicache.fetches import NO_ROWS, Fetch, Fetches
 from hicache.host import HostTier, Slots
+from hicache.quotas import QuotaError
 from hicache.speed import PrefillSpeed
 from hicache.spills import N_REPORTED as N_SPILLS_REPORTED
 from hicache.spills import Spills
-from hicache.stats import Stats
+from hicache.stats import Observed, Stats
 from hicache.tier import Tier, total
 from hicache.write_policies import make_write_policy
 from radix import KEY_NBYTES, Index, Rows
@@ -43,7 +44,7 @@ class Lower:
 
     tiers: one or more, fastest first. batch_pages: the most that one call of a tier moves.
     only_if_faster: fetch only what the tiers are expected to load sooner than a prefill would compute it.
-    timeout_s, clock: how long a load may take, and by what clock.
+    timeout_s, clock: how long a load may take, and by what clock. tenant_of: whose path begins with a page.
     Raises ValueError for a write policy that does not exist.
     """
 
@@ -53,18 +54,24 @@ class Lower:
         index: Index,
         host: HostTier,
         stats: Stats,
+        observed: Observed,
         speed: PrefillSpeed,
         *,
         batch_pages: int,
         only_if_faster: bool,
         timeout_s: float,
         clock: Callable[[], float],
+        tenant_of: Callable[[bytes], str],
     ) -> None:
         self._index = index
+        self._host = host
         self._speed = speed
         self._only_if_faster = only_if_faster
         up, down = int(host.n_slots * FETCH_SHARE), int(host.n_slots * SPILL_SHARE / len(tiers))
-        self.spills = tuple(Spills(lower.tier, index, host, max_pages=down, batch_pages=batch_pages) for lower in tiers)
+        self.spills = tuple(
+            Spills(lower.tier, index, host, max_pages=down, batch_pages=batch_pages, tenant_of=tenant_of)
+            for lower in tiers
+        )
         self._policies = [
             make_write_policy(lower.write, spills, index, host)
             for lower, spills in zip(tiers, self.spills, strict=True)
@@ -74,11 +81,13 @@ class Lower:
             index,
             host,
             stats,
+            observed,
             max_pages=up,
             batch_pages=batch_pages,
             timeout_s=timeout_s,
             clock=clock,
             landed=self._fetched,
+            tenant_of=tenant_of,
         )
 
     @property
@@ -98,6 +107,11 @@ class Lower:
         if len(held):
             for policy in self._policies:
                 policy.touched(int(held[-1]))
+
+    def answered(self, row: int) -> None:
+        """The request whose prompt ends with this page has its answer."""
+        for policy in self._policies:
+            policy.answered(row)
 
     def _fetched(self, rows: Rows) -> None:
         """These have landed, from below. Of several tiers each rank knows for itself only which it was: none counts."""
@@ -163,11 +177,20 @@ class Lower:
         for spills, tier in zip(self.spills, tiers, strict=True):
             spills.tier = tier
         self.fetches.tiers = self.tiers
+        self._host.departures.forget_below()
+
+    def set_quota(self, name: str, tenant: str, n_pages: int) -> None:
+        """Give a tenant a quota on the tier of this name. Raises QuotaError, with nothing changed."""
+        tier = next((tier for tier in self.tiers if tier.name == name), None)
+        if tier is None:
+            raise QuotaError(f"there is no {name} tier; there are: host, {', '.join(tier.name for tier in self.tiers)}")
+        tier.set_quotas({tenant: n_pages})
 
     def clear(self) -> Future[int]:
         """Empty all tiers. Answers how many pages they had together."""
         for spills in self.spills:
             spills.forget()
+        self._host.departures.forget_below()
         return total([tier.clear() for tier in self.tiers])
 
     def detach(self) -> list[Slots]:

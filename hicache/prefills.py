@@ -37,6 +37,8 @@ class Prefill:
     """One request's computation of what it lacks of `keys`, a run of pages on its path. Belongs to `Prefills`."""
 
     keys: bytes
+    last_key: bytes = b""
+    """Of the last whole page of its prompt, which need not be one of `keys`; empty if there is none."""
     frontier: int = 0
     entered_at: int = -1
     running: bool = False

@@ -17,23 +17,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
-from hicache.tier import Batch, Tier, answer_of, answered, batches
+from hicache.tier import Batch, Tier, answer_of, answered, batches, has_answered
 from radix import KEY_NBYTES
 
 Share = tuple[int, int, int]
 """Pages of the run that come from one tier: which tier it is, the first page, and the end."""
 
 
+@dataclass(slots=True, eq=False)
+class Brought:
+    """What one tier was asked to bring of a batch: from when to when, and how many pages, of those still missing."""
+
+    tier: str
+    started_s: float
+    ended_s: float | None = None
+    n_pages: int = 0
+
+    def end(self, now_s: float) -> None:
+        """The tier has ended with it. Called by its thread, and by the engine's, which may see it first."""
+        if self.ended_s is None:
+            self.ended_s = now_s
+
+
 class Load:
     """One batch on its way up. One thread, that of the engine.
 
-    tiers: who is asked for it, one after the other, until all of it is there.
+    tiers: who is asked for it, one after the other, until all of it is there. clock: seconds, for what is observed.
     """
 
-    def __init__(self, tiers: Sequence[Tier], batch: Batch) -> None:
+    def __init__(self, tiers: Sequence[Tier], batch: Batch, clock: Callable[[], float]) -> None:
         self._rest = batch
         self._others = list(tiers)
+        self._clock = clock
+        self.brought: list[Brought] = []
+        """By those that were asked so far, in path order."""
         self.tier: Tier | None = None
         """Who is at it now; None when it has ended."""
         self.future = answered(0)
@@ -45,12 +64,17 @@ class Load:
     def _ask_next(self) -> None:
         self.tier = self._others.pop(0) if len(self._rest) and self._others else None
         if self.tier is not None:
+            brought = Brought(self.tier.name, self._clock())
+            self.brought.append(brought)
             self.future = self.tier.load(self._rest)
+            self.future.add_done_callback(lambda _: brought.end(self._clock()))
 
     def done(self) -> bool:
         """Whether no tier reads or writes a slot of it any more, and none will. Never blocks."""
         while self.tier is not None and self.future.done():
             n_brought = answer_of(self.future)
+            self.brought[-1].end(self._clock())
+            self.brought[-1].n_pages = n_brought
             self.n_good += n_brought
             self._rest = self._rest.part(n_brought, len(self._rest))
             self._ask_next()
@@ -89,6 +113,11 @@ class Probe:
         return self.n_found > 0 and self._clock() >= self._overdue_at_s
 
     @property
+    def waiting(self) -> list[int]:
+        """The tiers that have not answered."""
+        return [position for position, (_, future) in enumerate(self._asked) if not future.done()]
+
+    @property
     def n_found(self) -> int:
         """How many pages at the head of the run the tiers have together, by the answers so far. Never grows less."""
         return max((end for _, _, end in self.shares()), default=0)
@@ -101,6 +130,12 @@ class Probe:
             if found_end > end:
                 yield position, end, found_end
                 end = found_end
+
+    def answers(self) -> Iterator[tuple[int, int, int | None]]:
+        """Of each tier that was asked: which it is, from which page on, and the first page from there on that it has
+        not; None: it has not answered, or has failed."""
+        for position, (start, future) in enumerate(self._asked):
+            yield position, start, start + future.result() if has_answered(future) else None
 
     def expected_load_s(self, n_pages: int) -> float:
         """Seconds that loading the first n_pages would take if asked for now; they are found. Never blocks."""
@@ -125,5 +160,5 @@ class Probe:
             if start < end:
                 tiers = [tier for tier in self._tiers[position:] if tier not in without]
                 parts = batches(batch.part(start, end), batch_pages)
-                loads += [(start + part_end, Load(tiers, part)) for part_end, part in parts]
+                loads += [(start + part_end, Load(tiers, part, self._clock)) for part_end, part in parts]
         return loads

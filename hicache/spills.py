@@ -1,7 +1,9 @@
 """Pages on their way down: what host memory has is stored in one tier below, in the background.
 
 A spill leases its pages until the tier has ended with them, because their bytes are read straight from their slots. So
-what is pending is bounded, and beyond the bound pages are skipped and counted: the server never waits for a disk.
+what is pending is bounded: the server never waits for a disk. What an offer has beyond the bound is offered again when
+there is room, as far as host memory still has it then; if not, or if too many such offers wait, it is skipped and
+counted.
 
 Of each page in host memory it is remembered whether the tier has been given it. That is a hint, which the tier's own
 evictions make stale; the tier knows best, and answers for what it has without writing it again.
@@ -16,7 +18,7 @@ Spills end in their order. A rank reports how the first of them have ended on it
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
@@ -28,13 +30,25 @@ from hicache.fetches import NO_ROWS
 from hicache.host import HostTier, Slots
 from hicache.stats import SpillStats
 from hicache.tier import Batch, Tier, answer_of, batches, true_prefix
-from radix import HOST, Index, Rows, State
+from radix import HOST, KEY_NBYTES, RESIDENT, Index, Rows
+
+MAX_WAITING = 256
+"""Offers of which a part waits for room."""
 
 N_REPORTED = 8
 """So many can end in one iteration, however they end."""
 
 UNDER_WAY, FAILED, STORED = range(3)
 """How a spill is, in a report: the worse, the less."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """Of an offer: the last page of its path, how many pages had no room, and how many had failed by then."""
+
+    key: bytes
+    n_pages: int
+    n_failed: int
 
 
 @dataclass(slots=True, eq=False)
@@ -55,18 +69,32 @@ class Spills:
     """See the module's text. One thread, that of the engine.
 
     max_pages: how many slots may be on their way down at a time. batch_pages: the most that one call of the tier takes.
+    tenant_of: whose path begins with a page (`quotas.Tenants`).
     """
 
-    def __init__(self, tier: Tier, index: Index, host: HostTier, *, max_pages: int, batch_pages: int) -> None:
+    def __init__(
+        self,
+        tier: Tier,
+        index: Index,
+        host: HostTier,
+        *,
+        max_pages: int,
+        batch_pages: int,
+        tenant_of: Callable[[bytes], str],
+    ) -> None:
         self.tier = tier
         self.stats = SpillStats()
         self._index = index
         self._host = host
         self._given = host.new_flags()
+        host.given.append(self._given)
         self._max_pages = max(1, max_pages)
         self._batch_pages = batch_pages
+        self._tenant_of = tenant_of
         self._line: deque[_Spill] = deque()
         self._n_pages = 0
+        self._waiting: deque[_Rest] = deque()
+        """Empty when the line is."""
 
     def __len__(self) -> int:
         return len(self._line)
@@ -85,6 +113,11 @@ class Spills:
         return self._index.keys_of(path[n_given - 1 : n_given]) if n_given else None
 
     @property
+    def n_pages(self) -> int:
+        """How many pages are on their way."""
+        return self._n_pages
+
+    @property
     def n_room(self) -> int:
         """How many pages may be added to those on their way."""
         return self._max_pages - self._n_pages
@@ -92,22 +125,42 @@ class Spills:
     def offer(self, row: int) -> None:
         """The path to this page is in host memory: store what of it is not below yet, as far as there is room."""
         path = self._index.path(row)
-        path = path[: true_prefix(self._index.states(path, HOST) == State.RESIDENT)]
+        path = path[: true_prefix(self._index.states(path, HOST) == RESIDENT)]
         first = true_prefix(self._given.of(path))
         rows = path[first:]
         if not len(rows):
             return
         room = min(len(rows), self.n_room)
-        self.stats.skipped += len(rows) - room
-        for spill in self._store(rows[:room], path[first - 1 : first], depth=first):
+        if room < len(rows):
+            self._let_wait(_Rest(self._index.keys_of(rows[-1:]), len(rows) - room, self.stats.failed))
+        for spill in self._store(rows[:room], path[:first]) if room else ():
             self._line.append(spill)
 
-    def _store(self, rows: Rows, above: Rows, depth: int) -> Iterator[_Spill]:
+    def _let_wait(self, rest: _Rest) -> None:
+        if len(self._waiting) < MAX_WAITING:
+            self._waiting.append(rest)
+        else:
+            self.stats.skipped += rest.n_pages
+
+    def _offer_again(self) -> None:
+        """What waits for room, as far as there is some now. A tier that has refused something since is not pressed."""
+        while self._waiting and self.n_room > 0:
+            rest = self._waiting.popleft()
+            row = self._index.row_of(rest.key)
+            is_there = row is not None and bool((self._index.states(np.array([row], np.int32), HOST) == RESIDENT).all())
+            if row is not None and is_there and self.stats.failed == rest.n_failed:
+                self.offer(row)
+            else:
+                self.stats.skipped += rest.n_pages
+
+    def _store(self, rows: Rows, above: Rows) -> Iterator[_Spill]:
         self._index.lease(rows)
         self._n_pages += len(rows)
         self._given.put(rows, True)
-        parent = self._index.keys_of(above) if len(above) else None
-        run = Batch.below(parent, self._index.keys_of(rows), self._host.slots(rows), depth)
+        keys = self._index.keys_of(rows)
+        parent = self._index.keys_of(above[-1:]) or None
+        first_key = self._index.keys_of(above[:1]) or keys[:KEY_NBYTES]
+        run = Batch.below(parent, keys, self._host.slots(rows), len(above), self._tenant_of(first_key))
         start = 0
         for end, batch in batches(run, self._batch_pages):
             yield _Spill(rows[start:end], batch.slots, self.tier.store(batch))
@@ -126,6 +179,7 @@ class Spills:
             if state == UNDER_WAY:
                 break
             self._end(is_stored=state == STORED)
+        self._offer_again()
 
     def futures(self) -> list[Future[int]]:
         """Of the stores that are under way."""
@@ -147,7 +201,9 @@ class Spills:
         if spill.is_detached:
             self._host.end_lingering(spill.slots)
             return
-        if not is_stored:
+        if is_stored:
+            self._index.set_backed(spill.rows, True)
+        else:
             self._given.put(self._index.path(int(spill.rows[-1])), False)
         self._index.release(spill.rows)
 
@@ -159,6 +215,7 @@ class Spills:
 
     def detach(self) -> Slots:
         """The pages of all spills are dropped. Returns the slots that the tier may still read; they stay theirs."""
+        self._waiting.clear()
         for spill in self._line:
             if not spill.is_detached:
                 self._index.release(spill.rows)
@@ -167,5 +224,6 @@ class Spills:
 
     def check_invariants(self) -> None:
         """Raises AssertionError that names what is broken."""
+        assert self._line or not self._waiting, f"{len(self._waiting)} offers wait for room, and nothing is under way"
         n_pages = sum(len(spill.slots) for spill in self._line)
         assert n_pages == self._n_pages, f"{n_pages} pages are being spilled, counted {self._n_pages}"

@@ -1,8 +1,24 @@
-"""What the engine has done since its start. Written by the engine's thread; others may read a stale value."""
+"""What the engine has done since its start. Written by the engine's thread; others may read a stale value.
+
+`Stats` follow from the calls alone, so they are the same on every rank of a server. `Observed` is what this rank has
+seen of clocks and tiers: nothing is decided by it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+TIME_BOUNDS_S: Final = (1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 12 * 3600, 86400, 7 * 86400)
+"""From a second to a week: what lives and comes back in a cache."""
+
+MAX_MOVEMENTS: Final = 1024
+"""Of which nobody has asked: the oldest are forgotten first."""
 
 
 @dataclass(slots=True)
@@ -24,7 +40,15 @@ class Stats:
     skipped_tainted: int = 0
     """Offered pages that were not kept because new weights had come in and nothing had been dropped yet."""
     evicted: int = 0
-    """Pages evicted from host memory to make room."""
+    """Pages evicted from host memory to make room, those of `evicted_quota` included."""
+    evicted_quota: int = 0
+    """Pages that were evicted though there was room, because a quota was theirs or took it from them."""
+    flushed: int = 0
+    """Pages that host memory dropped in a reset."""
+    hbm_evicted: int = 0
+    """Pages that SGLang evicted from HBM."""
+    hbm_flushed: int = 0
+    """Pages that HBM dropped in a reset."""
     restored: int = 0
     """Pages promised to SGLang and copied back into HBM."""
     fetched: int = 0
@@ -56,6 +80,58 @@ class SpillStats:
     spilled: int = 0
     """Pages that the tier has taken."""
     skipped: int = 0
-    """Pages that were not given to it because too many were on their way already."""
+    """Pages that were not given to it because too many were on their way, for as long as host memory had them."""
     failed: int = 0
     """Pages that it did not take, or not all pages of their batch."""
+
+
+class Distribution:
+    """How many values were up to each of some bounds, and their sum. bounds: ascending. One thread."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = np.array(bounds, np.float64)
+        self.counts = np.zeros(len(bounds) + 1, np.int64)
+        """`counts[i]`: of values above `bounds[i - 1]` and up to `bounds[i]`; the last of those above all."""
+        self.total = 0.0
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        self.counts += np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
+        self.total += float(values.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """Pages that came up from a tier (`host`: into HBM) together, and the seconds from the first's start to their end.
+
+    Other pages may have come at the same time.
+    """
+
+    tier: str
+    n_pages: int
+    seconds: float
+
+
+def _times() -> Distribution:
+    return Distribution(TIME_BOUNDS_S)
+
+
+@dataclass(slots=True, eq=False)
+class Observed:
+    """See the module's text. Times of pages are counted page by page, in seconds."""
+
+    age_s: Distribution = field(default_factory=_times)
+    """How long pages had been in host memory when they were evicted."""
+    idle_s: Distribution = field(default_factory=_times)
+    """How long nobody had asked for pages when they were evicted from host memory."""
+    reuse_gap_s: Distribution = field(default_factory=_times)
+    """Of pages in host memory that a request asked for: how long before it another had, or they had come."""
+    movements: deque[Movement] = field(default_factory=lambda: deque(maxlen=MAX_MOVEMENTS))
+    """New ones at the right. Whoever reads them takes them out."""
+    fetches_absent: int = 0
+    """Times that the tiers were asked and had nothing (these and the next are not pages)."""
+    fetches_loaded: int = 0
+    """Times that everything that the tiers had was to be loaded."""
+    fetches_shortened: int = 0
+    """Times that only the head of what they had was to be loaded: computing the rest was expected to be faster."""
+    fetches_recomputed: int = 0
+    """Times that nothing of what they had was to be loaded, because computing it was expected to be faster."""

@@ -28,7 +28,9 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
+from hicache.quotas import QuotaError, Share
 from radix import KEY_NBYTES
+from radix.departures import Remembered
 
 ROOT_KEY = bytes(KEY_NBYTES)
 """Stands for the root where a parent's key is expected."""
@@ -44,7 +46,8 @@ class Batch:
 
     keys: n raw page keys of 32 bytes each, root side first, in one object.
     parents: the key of each page's parent, likewise 32n bytes; 32 zero bytes stand for the root.
-    tenant: the request's cache salt, empty for none. It is part of every key already; tiers use it for accounting.
+    tenant: the cache salt of the path's requests if it has a quota on any tier, otherwise empty. It is part of every
+    key already; tiers use it for accounting.
     slots: int32[n], the slab slots that hold the bytes, or are to receive them.
     depth: how many pages lie above the first one, so page i of the batch has `depth + i` above it. Of pages last used
     together a tier evicts the deepest first.
@@ -70,10 +73,10 @@ class Batch:
         return len(self.slots)
 
     @classmethod
-    def below(cls, parent: bytes | None, keys: bytes, slots: NDArray[np.int32], depth: int) -> Batch:
-        """The run `keys` below the page `parent` (None: the root), of no tenant in particular."""
+    def below(cls, parent: bytes | None, keys: bytes, slots: NDArray[np.int32], depth: int, tenant: str = "") -> Batch:
+        """The run `keys` below the page `parent` (None: the root)."""
         parents = ((parent or ROOT_KEY) + keys)[: len(keys)]
-        return cls(keys, parents, "", slots, depth)
+        return cls(keys, parents, tenant, slots, depth)
 
     def part(self, start: int, end: int) -> Batch:
         """Its pages `start` to `end`."""
@@ -113,6 +116,11 @@ def answer_of(future: Future[int]) -> int:
         return future.result(timeout=0)
     except (TierError, CancelledError):
         return 0
+
+
+def has_answered(future: Future[int]) -> bool:
+    """Whether a call is done, and did not fail."""
+    return future.done() and not future.cancelled() and future.exception() is None
 
 
 def total(futures: Sequence[Future[int]]) -> Future[int]:
@@ -191,6 +199,23 @@ class Tier(ABC):
         Loads of before may still run, and may end short; no load or store is asked for until the future is done.
         """
 
+    def set_quotas(self, quotas: Mapping[str, int]) -> None:
+        """Let the pages of these tenants hold so many slots from now on (`hicache.quotas`); others keep theirs.
+
+        quotas: pages by cache salt. Never blocks. Raises QuotaError, with nothing changed; a tier whose store is not
+        this server's alone always does.
+        """
+        raise QuotaError(f"the {self.name} tier keeps no quotas, as others store there too; the host and ssd tiers do")
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        """Pages by cache salt, of the tenants that have a quota here. Never blocks."""
+        return {}
+
+    def shares(self) -> Sequence[Share]:
+        """By group, that of all without a quota first; empty of a tier that keeps no quotas. Never blocks."""
+        return ()
+
     @abstractmethod
     def expected_load_s(self, n_pages: int) -> float:
         """Seconds that loading `n_pages` would take if asked for now, behind what is queued, at the measured speed.
@@ -209,6 +234,10 @@ class Tier(ABC):
     @abstractmethod
     def stats(self) -> Mapping[str, int]:
         """Counters since the start, by name. Never blocks."""
+
+    def departed(self, keys: bytes) -> Remembered | None:
+        """What the store remembers of pages of these that have left it. None: nothing of any. Never blocks."""
+        return None
 
     @abstractmethod
     def close(self) -> None:

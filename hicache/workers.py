@@ -9,7 +9,6 @@ does not. Work that is withdrawn before a thread has taken it is finished withou
 
 from __future__ import annotations
 
-import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -17,7 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-logger = logging.getLogger(__name__)
+from hicache.logs import get_logger
+
+logger = get_logger(__name__)
 
 _FORGET_AT_S: Final = 4.0
 """The speed is that of the last few seconds in which the store was read."""

@@ -1,7 +1,7 @@
 """When a tier below host memory is given pages: its write policy, and the register of those there are.
 
     through      as soon as they are in host memory
-    selective    when a second request uses them
+    selective    when a second request uses them, or is expected to by what the eviction policy has learned
     back         before host memory evicts them
 
 A policy is told what happens to pages in host memory and decides what is offered to its tier. Everything it decides
@@ -17,9 +17,13 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from hicache.host import HostTier
+from hicache.quotas import OTHERS
 from hicache.spills import Spills
 from hicache.tier import true_prefix
 from radix import HOST, Index
+
+EXPECTED: Final = 0.5
+"""From this chance on, `selective` does not wait for the second use."""
 
 CLEAN_SHARE: Final = 0.125
 """How much of host memory `back` keeps free, or ready to be dropped because its tier has been given it."""
@@ -43,6 +47,9 @@ class WritePolicy(Protocol):
     def touched(self, row: int) -> None:
         """A request uses the pages down to here, which others have brought into host memory."""
 
+    def answered(self, row: int) -> None:
+        """The request whose prompt ends with this page has its answer: all that is known of the page is known now."""
+
 
 class Through:
     """See the module's text. Fetched pages are offered as well: that brings them from slower tiers into faster ones."""
@@ -57,6 +64,9 @@ class Through:
         self._spills.offer(row)
 
     def touched(self, row: int) -> None:
+        pass
+
+    def answered(self, row: int) -> None:
         pass
 
 
@@ -85,6 +95,10 @@ class Selective:
         self._touched.put(self._index.path(row), True)
         self._spills.offer(row)
 
+    def answered(self, row: int) -> None:
+        if self._index.chance_of_reuse(row) >= EXPECTED:
+            self._spills.offer(row)
+
 
 class Back:
     """See the module's text. When pages come into host memory and it is nearly full, those next to be evicted go down.
@@ -96,7 +110,6 @@ class Back:
         self._spills = spills
         self._index = index
         self._host = host
-        self._n_clean = max(1, min(int(host.n_slots * CLEAN_SHARE), MAX_CLEAN_PAGES))
 
     def landed(self, row: int) -> None:
         self._clean()
@@ -107,11 +120,21 @@ class Back:
     def touched(self, row: int) -> None:
         pass
 
+    def answered(self, row: int) -> None:
+        pass
+
     def _clean(self) -> None:
-        n_next = self._n_clean - self._host.n_free
+        for group in self._host.quotas.groups:
+            self._clean_group(group)
+
+    def _clean_group(self, group: int) -> None:
+        """Tenants with a quota evict their own pages, so of each some are to be ready."""
+        limit = self._host.quotas.limit(group)
+        n_free = self._host.n_free if group == OTHERS else limit - self._index.held(HOST, group)
+        n_next = max(1, min(int(limit * CLEAN_SHARE), MAX_CLEAN_PAGES)) - n_free
         if n_next <= 0:
             return
-        dirty = self._index.eviction_order(n_next, HOST)
+        dirty = self._index.eviction_order(n_next, HOST, group=group)
         for _ in range(MAX_CLEANED):
             dirty = dirty[~self._spills.given(dirty)]
             if not len(dirty) or not self._spills.n_room:

@@ -67,6 +67,9 @@ def _check_tree(columns: Columns, used: Rows) -> None:
     assert (columns.depth[used[~below]] == 0).all(), "a first page is not at depth 0"
     expected = columns.depth[parents[below]] + 1
     assert np.array_equal(columns.depth[used[below]], expected), "a row's depth is not its parent's + 1"
+    assert np.array_equal(columns.group[used[below]], columns.group[parents[below]]), (
+        "a page is not of its parent's group"
+    )
     n_children = np.bincount(parents[below], minlength=len(columns.parent))
     assert np.array_equal(columns.n_children[used], n_children[used]), "a count of children is wrong"
 
@@ -80,6 +83,8 @@ def _check_residency(columns: Columns, used: Rows) -> NDArray[np.uint8]:
     for tier in range(n_tiers):
         counts = np.bincount(states[:, tier], minlength=3)
         assert np.array_equal(columns.counts[tier], counts), f"tier {tier}: counts {columns.counts[tier]}, not {counts}"
+        held = np.bincount(columns.group[used[states[:, tier] != State.ABSENT]], minlength=len(columns.held))
+        assert np.array_equal(columns.held[:, tier], held), f"tier {tier}: a group's count of pages is wrong"
         there = parents[(states[:, tier] != State.ABSENT) & (parents != ROOT)]
         n_children = np.bincount(there, minlength=len(columns.parent))
         assert np.array_equal(columns.tier_children[used, tier], n_children[used]), (

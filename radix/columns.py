@@ -42,6 +42,10 @@ class Columns(NamedTuple):
     """[capacity]: bits 2t and 2t + 1 are the `State` on tier t."""
     slot: NDArray[np.int32]
     """[capacity]: the place in host memory, or `NONE`."""
+    group: NDArray[np.uint8]
+    """[capacity]: whose page it is (`Index`), the same for all pages below one first page."""
+    backed: NDArray[np.uint8]
+    """[capacity]: 1 if a copy of it is believed to be on a tier below host memory."""
     leases: NDArray[np.int32]
     last_use: NDArray[np.int64]
     """[capacity]: in ticks of the index's logical clock."""
@@ -53,6 +57,8 @@ class Columns(NamedTuple):
     """[a power of two, at least 2 * capacity]: row + 1, or 0. Open addressing; a key's home is its first 8 bytes."""
     counts: NDArray[np.int64]
     """[n_tiers, 3]: rows in use, by tier and `State`."""
+    held: NDArray[np.int64]
+    """[n_groups, n_tiers]: rows that are not ABSENT."""
     tally: NDArray[np.int64]
     """[4]: the fields are named in `kernels.py`."""
 
@@ -62,7 +68,7 @@ class Columns(NamedTuple):
         return sum(column.nbytes for column in self)
 
 
-def allocate(capacity: int, n_tiers: int) -> Columns:
+def allocate(capacity: int, n_tiers: int, n_groups: int) -> Columns:
     """Columns with no row in use."""
     table_size = 1 << (2 * capacity - 1).bit_length()
     return Columns(
@@ -71,12 +77,15 @@ def allocate(capacity: int, n_tiers: int) -> Columns:
         depth=np.zeros(capacity, np.int32),
         residency=np.zeros(capacity, np.uint8),
         slot=np.zeros(capacity, np.int32),
+        group=np.zeros(capacity, np.uint8),
+        backed=np.zeros(capacity, np.uint8),
         leases=np.zeros(capacity, np.int32),
         last_use=np.zeros(capacity, np.int64),
         n_children=np.zeros(capacity, np.int32),
         tier_children=np.zeros((capacity, n_tiers), np.int32),
         table=np.zeros(table_size, np.int32),
         counts=np.zeros((n_tiers, 3), np.int64),
+        held=np.zeros((n_groups, n_tiers), np.int64),
         tally=np.array([0, NONE, 0, 0], np.int64),
     )
 
@@ -99,11 +108,14 @@ COLUMNS_T: Final = types.NamedTuple(
         ROWS_T,
         BYTES_T,
         ROWS_T,
+        BYTES_T,
+        BYTES_T,
         ROWS_T,
         STAMPS_T,
         ROWS_T,
         _array(types.int32, 2),
         ROWS_T,
+        _array(types.int64, 2),
         _array(types.int64, 2),
         STAMPS_T,
     ),

@@ -20,17 +20,27 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from radix import kernels
+from radix import history, kernels
 from radix.audit import audit
 from radix.columns import NONE, ROOT, Columns, Rows, allocate
 from radix.errors import IllegalTransition, IndexFull, NotLeased, StillHeld
-from radix.policy import Policy, make_policy
-from radix.residency import ABORT, BEGIN, COMMIT, DROP, HOST, MAX_TIERS, PUT, State, Transition
+from radix.policies import make_policy
+from radix.policy import Asked, Policy, Setting
+from radix.residency import ABORT, BEGIN, COMMIT, DROP, HOST, MAX_TIERS, PUT, RESIDENT, State, Transition
 
 Slots = NDArray[np.int32]
 
 KEY_NBYTES: Final = 32
 HOST_BY_LRU: Final[Mapping[int, str]] = MappingProxyType({HOST: "lru"})
+MAX_GROUPS: Final = 64
+
+MEMORY: Final = 4
+MIN_MEMORY: Final = 1 << 16
+"""Keys of what was asked for are remembered for so many times the pages expected, and so many more. Policies learn from
+pages that have left: a small tier needs a memory longer than itself."""
+
+MAX_ASSIGNED: Final = 1 << 16
+"""First pages whose group is remembered, whether they have a row or not. The one assigned first is forgotten first."""
 _NO_ROWS: Final[Rows] = np.empty(0, np.int32)
 
 
@@ -47,30 +57,47 @@ class Evicted:
 class Index:
     """A radix index of up to `capacity` pages over `n_tiers` tiers.
 
-    policies: by tier, the name of the eviction policy (`radix.policy`). Tiers without one cannot be evicted from.
+    policies: by tier, the name of the eviction policy (`radix.policies`). Tiers without one cannot be evicted from.
+    n_groups: whose pages are told apart, up to `MAX_GROUPS`. A page belongs to one group for good, that of the first
+    page of its path, and eviction takes pages of one group.
+    n_pages: how many pages the tiers with a policy are expected to hold; None: as many as there are rows.
+    page_tokens: tokens a page, for policies that ask what a page costs to compute.
     Raises ValueError for a policy that does not exist.
 
     Rows that are returned are fresh int32[n] arrays, root side first. Rows that are given have to be C-contiguous int32
     (else TypeError). A change of state, a lease or its release raises ValueError for a row that is not in use.
     """
 
-    def __init__(self, capacity: int, *, n_tiers: int = MAX_TIERS, policies: Mapping[int, str] = HOST_BY_LRU) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        n_tiers: int = MAX_TIERS,
+        policies: Mapping[int, str] = HOST_BY_LRU,
+        n_groups: int = 1,
+        n_pages: int | None = None,
+        page_tokens: int = 16,
+    ) -> None:
         if not 0 < capacity < 2**30:
             raise ValueError(f"capacity is 1 to 2**30 - 1 pages, not {capacity}")
         if not HOST < n_tiers <= MAX_TIERS:
             raise ValueError(f"there are 2 to {MAX_TIERS} tiers, not {n_tiers}")
+        if not 0 < n_groups <= MAX_GROUPS:
+            raise ValueError(f"there are 1 to {MAX_GROUPS} groups, not {n_groups}")
         self.capacity = capacity
         self.n_tiers = n_tiers
+        self.n_groups = n_groups
         self.now = 0
-        self._policy_names = dict(policies)
         for tier in policies:
             self._check_tier(tier)
-        self._start_empty()
-
-    def _start_empty(self) -> None:
-        self._columns: Columns = allocate(self.capacity, self.n_tiers)
+        self._columns: Columns = allocate(capacity, n_tiers, n_groups)
+        n_pages = n_pages or capacity
+        self._history = history.allocate(MEMORY * n_pages + MIN_MEMORY)
+        self._n_asked = 0
+        self._group_of: dict[bytes, int] = {}
         self._policies: dict[int, Policy] = {
-            tier: make_policy(name, self._columns, tier) for tier, name in self._policy_names.items()
+            tier: make_policy(name, self._columns, Setting(tier, n_pages, page_tokens, self._history))
+            for tier, name in policies.items()
         }
 
     def reserve(self, n_rows: int) -> None:
@@ -95,6 +122,13 @@ class Index:
         out = np.empty(len(blob), np.int32)
         return out[: kernels.match(self._columns, blob, out)]
 
+    def assign(self, first_key: bytes, group: int) -> None:
+        """A path that begins with this page belongs to a group: so will its pages, from the next that get a row on."""
+        if group:
+            self._group_of[first_key] = group
+            if len(self._group_of) > MAX_ASSIGNED:
+                del self._group_of[next(iter(self._group_of))]
+
     def insert(self, keys: bytes, parent: int = ROOT) -> Rows:
         """A row for each page of a run below the row `parent`; those that are missing are made, as used now.
 
@@ -104,7 +138,8 @@ class Index:
         """
         blob = _blob(keys)
         out = np.empty(len(blob), np.int32)
-        n_new = kernels.insert(self._columns, blob, parent, self.now, out)
+        group = self._group_of.get(keys[:KEY_NBYTES], 0) if self._group_of and parent == ROOT else 0
+        n_new = kernels.insert(self._columns, blob, parent, group, self.now, out)
         if n_new == kernels.FULL:
             raise IndexFull(f"{self.capacity - len(self)} rows are free, and more of these {len(blob)} pages are new")
         if n_new == kernels.NOT_BELOW:
@@ -166,10 +201,10 @@ class Index:
         """How many pages at the head of `rows` are RESIDENT on the tier; of several tiers, each page on any of them."""
         missing = np.ones(len(rows), np.bool_)
         for tier in tiers:
-            missing &= self.states(rows, tier) != State.RESIDENT
+            missing &= self.states(rows, tier) != RESIDENT
         return int(missing.argmax()) if missing.any() else len(rows)
 
-    def count(self, tier: int, state: State) -> int:
+    def count(self, tier: int, state: int) -> int:
         """How many pages are in a state on a tier. Kept, not counted."""
         self._check_tier(tier)
         return int(self._columns.counts[tier, state])
@@ -188,10 +223,19 @@ class Index:
         if slots is not None:
             self._columns.slot[rows] = slots
 
-    def commit(self, rows: Rows, tier: int) -> None:
-        """INCOMING -> RESIDENT."""
+    def commit(self, rows: Rows, tier: int, *, is_passing: bool = False) -> None:
+        """INCOMING -> RESIDENT.
+
+        is_passing: they come from a tier below, for one request. Those of them that nobody had asked for before, as
+        far as is remembered, are the first to go: a scan of what lies below does not flush the tier.
+        """
         self._transition(COMMIT, rows, tier)
         self._admit(rows, tier)
+        if is_passing and tier in self._policies:
+            places = history.places_of(self._history, self._columns.key.take(rows, axis=0))
+            passing = rows[(places < 0) | (self._history.n_times[places] < 2)]
+            if len(passing):
+                self._policies[tier].passing(passing)
 
     def put(self, rows: Rows, tier: int) -> None:
         """ABSENT or RESIDENT -> RESIDENT, for tiers that keep their own slots; ValueError for the host tier."""
@@ -199,7 +243,7 @@ class Index:
             raise ValueError("pages enter host memory by begin and commit, which give them slots")
         new = rows
         if tier in self._policies:
-            new = rows[self.states(rows, tier) != State.RESIDENT]
+            new = rows[self.states(rows, tier) != RESIDENT]
         self._transition(PUT, rows, tier)
         self._admit(new, tier)
 
@@ -217,9 +261,6 @@ class Index:
         Children that are on the tier stay there: they are below a hole, where `resident_prefix` ends, until evicted.
         """
         self._transition(DROP, rows, tier)
-        policy = self._policies.get(tier)
-        if policy is not None and len(rows):
-            policy.removed(rows)
         return self._left(rows, tier)
 
     def _admit(self, rows: Rows, tier: int) -> None:
@@ -228,6 +269,9 @@ class Index:
             policy.admitted(rows)
 
     def _left(self, rows: Rows, tier: int) -> Slots:
+        policy = self._policies.get(tier)
+        if policy is not None and len(rows):
+            policy.removed(rows)
         slots = _NO_ROWS
         if tier == HOST:
             slots = self.slots(rows)
@@ -238,7 +282,7 @@ class Index:
     def _transition(self, transition: Transition, rows: Rows, tier: int) -> None:
         self._check_tier(tier)
         before = np.empty(len(rows), np.uint8)
-        n_done = kernels.transition(self._columns, rows, tier, transition.source_bits, transition.target, before)
+        n_done = kernels.transition(self._columns, rows, tier, transition.source_bits, int(transition.target), before)
         if n_done < len(rows):
             row = int(rows[n_done])
             self._check_in_use(row)
@@ -274,27 +318,72 @@ class Index:
             for policy in self._policies.values():
                 policy.touched(rows)
 
+    def asked(self, keys: bytes) -> None:
+        """A request asks for the path `keys`, from the root. Told once a request: it is what policies count."""
+        blob = _blob(keys)
+        if not len(blob):
+            return
+        self._n_asked += len(blob)
+        places, is_known = np.empty(len(blob), np.int64), np.empty(len(blob), np.uint8)
+        history.note(self._history, blob, self._n_asked, places, is_known)
+        asked = Asked(self.match(keys), places, is_known)
+        for policy in self._policies.values():
+            policy.asked(asked)
+
+    def used(self, rows: Rows) -> None:
+        """A request uses these pages, in path order: as `asked`, where not more of it is known than these."""
+        if len(rows):
+            for policy in self._policies.values():
+                policy.used(rows)
+
+    def answered(self, row: int, n_tokens: int) -> None:
+        """A request whose prompt's last page is `row` has ended, with an answer of so many tokens."""
+        rows = self.path(row)
+        for policy in self._policies.values():
+            policy.answered(rows, n_tokens)
+
+    def set_backed(self, rows: Rows, is_backed: bool) -> None:
+        """Whether copies of these pages are believed to be on a tier below host memory."""
+        self._columns.backed[rows] = is_backed
+        if len(rows):
+            for policy in self._policies.values():
+                policy.backed(rows)
+
     def touch_path(self, row: int) -> None:
         """`touch` the whole path from the root to `row`."""
         self.touch(self.path(row))
 
-    def evict(self, n: int, tier: int = HOST) -> Evicted:
-        """Take up to n pages off the tier (RESIDENT -> ABSENT), leaf first, in the order of the tier's policy.
+    def evict(self, n: int, tier: int = HOST, *, group: int = 0) -> Evicted:
+        """Take up to n pages of a group off the tier (RESIDENT -> ABSENT), leaf first, in the order of its policy.
 
         Never a page with a lease, with a child on the tier or on its way there, or used in this pass: SGLang evicts
         between its look-up and its load. Fewer than n only if no more may go. Raises ValueError if the tier has no
         policy.
         """
-        rows = self._policy(tier).victims(min(n, self.count(tier, State.RESIDENT)), self.now)
+        policy = self._policy(tier)
+        rows = policy.victims(min(n, self.held(tier, group)), self.now, group)
         keys = self.keys_of(rows)
         return Evicted(keys, self.drop(rows, tier))
 
-    def eviction_order(self, n: int, tier: int = HOST) -> Rows:
-        """The first n RESIDENT pages in the order of the tier's policy, whether they may go now or not.
+    def eviction_order(self, n: int, tier: int = HOST, *, group: int = 0) -> Rows:
+        """The first n RESIDENT pages of a group in line for eviction, whether they may go now or not.
 
-        Raises ValueError if the tier has no policy.
+        Pages that were found to have children on the tier are not in line. Raises ValueError if the tier has no policy.
         """
-        return self._policy(tier).order(min(n, self.count(tier, State.RESIDENT)))
+        return self._policy(tier).order(min(n, self.held(tier, group)), group)
+
+    def chance_of_reuse(self, row: int, tier: int = HOST) -> float:
+        """From 0 to 1: how likely a page on the tier is to be asked for again; 0 if its policy has no idea."""
+        return self._policy(tier).chance_of_reuse(row)
+
+    def held(self, tier: int, group: int) -> int:
+        """How many pages of a group are on the tier, or on their way there. Kept, not counted."""
+        self._check_tier(tier)
+        return int(self._columns.held[group, tier])
+
+    def groups(self, rows: Rows) -> NDArray[np.uint8]:
+        """uint8[n]: whose pages these are."""
+        return self._columns.group.take(rows)
 
     def _policy(self, tier: int) -> Policy:
         policy = self._policies.get(tier)
@@ -311,15 +400,21 @@ class Index:
     @property
     def nbytes(self) -> int:
         """Of all columns, touched or not: address space, of which the operating system supplies what is used."""
-        return self._columns.nbytes + sum(policy.nbytes for policy in self._policies.values())
+        policies = sum(policy.nbytes for policy in self._policies.values())
+        return self._columns.nbytes + self._history.nbytes + policies
 
     def clear(self) -> None:
-        """Drop everything but the clock. All rows and slots are free. Raises StillHeld if any is leased or INCOMING."""
+        """Drop all pages: all rows and slots are free. Raises StillHeld if any is leased or INCOMING.
+
+        The clock goes on, and so does what is remembered of keys and what policies have learned.
+        """
         n_leases = int(self._columns.tally[kernels.N_LEASES])
         n_incoming = int(self._columns.counts[:, State.INCOMING].sum())
         if n_leases or n_incoming:
             raise StillHeld(f"{n_leases} leases and {n_incoming} incoming pages are open")
-        self._start_empty()
+        self._columns = allocate(self.capacity, self.n_tiers, self.n_groups)
+        for policy in self._policies.values():
+            policy.restart(self._columns)
 
     def check_invariants(self) -> None:
         """Raises AssertionError that names what is broken. Scans everything: for tests and debugging."""

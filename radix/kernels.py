@@ -107,8 +107,8 @@ def _in_use(columns: Columns, row: int) -> bool:
 
 
 @inlined
-def _new_row(columns: Columns, parent: int, now: int) -> int:
-    """A row with no key and no residency. The caller has made sure that one is free."""
+def _new_row(columns: Columns, parent: int, group: int, now: int) -> int:
+    """A row with no key and no residency. The caller has made sure that one is free. group: of a first page."""
     tally = columns.tally
     row = int(tally[N_TOUCHED])
     if row < len(columns.parent):
@@ -118,7 +118,10 @@ def _new_row(columns: Columns, parent: int, now: int) -> int:
         tally[FREE_HEAD] = FREE_LINK - int(columns.parent[row])
     columns.parent[row] = parent
     columns.depth[row] = 0
+    columns.group[row] = group
+    columns.backed[row] = 0
     if parent != _ROOT:
+        columns.group[row] = columns.group[parent]
         columns.depth[row] = columns.depth[parent] + 1
         columns.n_children[parent] += 1
     columns.slot[row] = _NONE
@@ -165,8 +168,8 @@ def match(columns: Columns, blob: Blob, out: Rows) -> int:
     return len(blob)
 
 
-@kernel(types.int64, COLUMNS_T, BLOB_T, types.int64, types.int64, ROWS_T)
-def insert(columns: Columns, blob: Blob, parent: int, now: int, out: Rows) -> int:
+@kernel(types.int64, COLUMNS_T, BLOB_T, types.int64, types.int64, types.int64, ROWS_T)
+def insert(columns: Columns, blob: Blob, parent: int, group: int, now: int, out: Rows) -> int:
     """Write a row for each key into `out`, new ones where there were none.
 
     Returns the number of new rows; or `FULL`; or `NOT_BELOW` if `parent` is not in use or a key is known below another
@@ -192,7 +195,7 @@ def insert(columns: Columns, blob: Blob, parent: int, now: int, out: Rows) -> in
             for j in range(i - 1, n_known - 1, -1):
                 _free_row(columns, out[j])
             return NOT_BELOW
-        row = _new_row(columns, above, now)
+        row = _new_row(columns, above, group, now)
         columns.table[entry] = row + 1
         for word in range(4):
             columns.key[row, word] = blob[i, word]
@@ -230,7 +233,7 @@ def insert_pages(columns: Columns, keys: Blob, parents: Blob, now: int, out: Row
         entry = _probe(columns, keys, i)
         row = int(columns.table[entry]) - 1
         if row == _NONE:
-            row = _new_row(columns, above, now)
+            row = _new_row(columns, above, 0, now)
             columns.table[entry] = row + 1
             for word in range(4):
                 columns.key[row, word] = keys[i, word]
@@ -283,9 +286,11 @@ def transition(
     for i in range(len(rows)):
         source = (before[i] >> shift) & 3
         columns.counts[tier, source] -= 1
+        change = int(target != 0) - int(source != 0)
+        columns.held[columns.group[rows[i]], tier] += change
         parent = columns.parent[rows[i]]
         if parent != _ROOT:
-            columns.tier_children[parent, tier] += int(target != 0) - int(source != 0)
+            columns.tier_children[parent, tier] += change
     columns.counts[tier, target] += len(rows)
     return len(rows)
 

@@ -13,6 +13,7 @@ keeps slots; `put` serves the tiers that keep their own books.
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Final
 
 HBM: Final = 0
@@ -31,6 +32,12 @@ class State(IntEnum):
     RESIDENT = 2
 
 
+ABSENT: Final = int(State.ABSENT)
+INCOMING: Final = int(State.INCOMING)
+RESIDENT: Final = int(State.RESIDENT)
+"""The same as plain numbers, for the hot paths: an enum's member is slow to look up and to compare with a column."""
+
+
 @dataclass(frozen=True)
 class Transition:
     """A legal change of state, named for the method of `Index` that makes it."""
@@ -39,7 +46,7 @@ class Transition:
     sources: tuple[State, ...]
     target: State
 
-    @property
+    @cached_property
     def source_bits(self) -> int:
         """Bit s is set if the transition may start from state s."""
         return sum(1 << state for state in self.sources)

@@ -28,9 +28,9 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import yaml
 from cluster_network import ClusterError, Network, Place, locked, why_not
-from demo_server import end_group, tail
+from programs import end_group, tail
 
-from sgl_lmcache import config, serve
+from sgl_lmcache import config, config_file, serve
 from sgl_lmcache.cpu.model import RECIPES, make_model
 from sgl_lmcache.errors import StartError
 
@@ -164,13 +164,13 @@ def read_template(path: Path) -> Any:
             f"{path}: the mooncake tier has to have one master, host[:port], metadata {config.P2P_HANDSHAKE} and no "
             "address here."
         )
-    return config.read(path)
+    return config_file.read(path)
 
 
 def load(path: Path) -> config.Config:
     """A configuration with a pool. Raises `ClusterError`."""
     try:
-        parsed = config.load(path)
+        parsed = config_file.load(path)
     except StartError as error:
         raise ClusterError(str(error)) from error
     if parsed.mooncake is None:
@@ -188,7 +188,7 @@ def with_master(template: Any, host: str) -> Any:
 
 
 def master_port(template: Any) -> int:
-    tier = config.parse(template, source="the template").mooncake
+    tier = config_file.parse(template, source="the template").mooncake
     assert tier is not None
     address = config.split_address(tier.master, config.MASTER_PORT)
     assert address is not None

@@ -40,19 +40,9 @@ from enum import Enum
 from pathlib import Path
 from types import FrameType
 
-from demo_server import (
-    Client,
-    Deadline,
-    DemoError,
-    Message,
-    Reply,
-    check_port,
-    free_port,
-    mooncake_master,
-    running,
-    valkey,
-)
+from demo_server import Client, Message, Reply, running
 from demo_text import CHAT_TURNS, Document, documents
+from programs import Deadline, ProgramError, check_port, free_port, mooncake_master, valkey
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -66,6 +56,10 @@ POOL_ROOM_TOKENS = 1536
 """What the KV pool holds besides one document: a question, its answer, the chat."""
 
 MIN_DOCUMENT_TOKENS = 2000
+
+TOO_SLOW = (
+    "On a slow or busy machine, give the demo a shorter text (--document-tokens 3000) or more time (--time-limit 900)."
+)
 
 PAGE_SIZE = 16
 """For both servers, so that they hit the same tokens. With the flag it would be chosen; SGLang's own default is 1."""
@@ -140,13 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, progress_console = Console(), Console(stderr=True)
     signal.signal(signal.SIGTERM, _exit_on_signal)
     try:
-        deadline = Deadline(arguments.time_limit)
+        deadline = Deadline(arguments.time_limit, TOO_SLOW)
         if arguments.cluster and (missing := why_unusable()):
-            raise DemoError(f"--cluster needs Mooncake: {missing}.")
+            raise ProgramError(f"--cluster needs Mooncake: {missing}.")
         if arguments.port is not None:
             check_port(arguments.port)
         without, cached = tell(arguments, deadline, progress_console)
-    except DemoError as error:
+    except ProgramError as error:
         progress_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
@@ -186,7 +180,7 @@ def _exit_on_signal(number: int, _frame: FrameType | None) -> None:
 
 
 def tell(arguments: argparse.Namespace, deadline: Deadline, console: Console) -> tuple[list[Outcome], list[Outcome]]:
-    """Run both servers: what came of the schedule without the cache, and with it. Raises `DemoError`."""
+    """Run both servers: what came of the schedule without the cache, and with it. Raises `ProgramError`."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with tempfile.TemporaryDirectory(prefix="sgl-lmcache-demo-") as name, Progress(*columns, console=console) as bar:
         task = bar.add_task("making the model", total=N_STEPS)

@@ -19,26 +19,31 @@ Nothing here may raise for a reason outside our own bugs: an exception in the sc
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle, EvictParams, EvictResult
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.runtime_context import get_schedule
 
 from hicache import UNKNOWN, Engine, Prefill, Ticket, TierError
+from hicache.logs import get_logger
+from sgl_lmcache.blocks import block_ends
+from sgl_lmcache.explainer import Explainer
 from sgl_lmcache.keys import to_blob
 from sgl_lmcache.linker import Linker
-from sgl_lmcache.metrics import TierMetrics
 from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.prefill_clock import PrefillClock
 from sgl_lmcache.ranks import OneRank, Ranks
+from sgl_lmcache.readings import Readings, start_readings
+from sgl_lmcache.record import Recorder
 from sgl_lmcache.tiers import NextTiers
-from sgl_lmcache.wrapper import TieredLinkerWrapper
+from sgl_lmcache.traces import RequestTrace, trace_of
+from sgl_lmcache.wrapper import Tail, TieredLinkerWrapper
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -47,7 +52,7 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_cache.components import ComponentType
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CLEAR_TIMEOUT_S = 10.0
 """How long `/hicache/storage-backend/clear` may keep the scheduler. Deleting goes on after it."""
@@ -59,6 +64,7 @@ class _Waiting:
 
     handle: CacheRequestHandle
     ticket: Ticket
+    trace: RequestTrace | None
 
 
 class TieredRadixCache(UnifiedRadixCache):
@@ -76,7 +82,11 @@ class TieredRadixCache(UnifiedRadixCache):
         self._weights_digest: Callable[[], str] | None = None
         self._next_tiers: NextTiers | None = None
         self._prefill_clock: PrefillClock | None = None
-        self._metrics = TierMetrics(time.monotonic) if params.enable_metrics else None
+        self._recorder: Recorder | None = None
+        self._has_metrics = params.enable_metrics
+        self._metrics: Readings | None = None
+        self.explainer: Explainer | None = None
+        self._restores_started_ns = 0
         super().__init__(params)
 
     def attach(
@@ -87,16 +97,34 @@ class TieredRadixCache(UnifiedRadixCache):
         *,
         weights_digest: Callable[[], str],
         next_tiers: NextTiers,
+        recorder: Recorder | None = None,
+        replica: int = 0,
+        has_metrics_port: bool = False,
     ) -> None:
-        """Turn the tiers on. ranks: those that hold shards of the same pages.
+        """Turn the tiers on. ranks: those that hold shards of the same pages. replica: which one they are.
 
-        weights_digest: names the weights as they are now. next_tiers: what goes on below in a new namespace.
+        weights_digest: names the weights as they are now. next_tiers: what goes on below in a new namespace. recorder:
+        is told of every request, and closed with the linker. has_metrics_port: metrics are published with SGLang's or
+        without.
         """
         self._ranks = ranks
         self._weights_digest = weights_digest
         self._next_tiers = next_tiers
+        self._recorder = recorder
+        self.explainer = Explainer(
+            linker.engine,
+            page_size=self.page_size,
+            is_eagle=self.tree_core.is_eagle,
+            replica=replica,
+            speaks=ranks.is_first,
+        )
         if not get_schedule().enable_mixed_chunk:  # nobody says how much of such a batch is prefill
             self._prefill_clock = PrefillClock(linker.engine.prefill_speed, self.page_size, time.monotonic)
+        if self._has_metrics or has_metrics_port:
+            n_hbm_pages = self.token_to_kv_pool_allocator.size // self.page_size
+            self._metrics = start_readings(
+                linker, page_size=self.page_size, n_hbm_pages=n_hbm_pages, speaks=ranks.is_first
+            )
         self.namespace = namespace
         self.init_cache_linker(linker)
 
@@ -137,12 +165,40 @@ class TieredRadixCache(UnifiedRadixCache):
         tail = self.linker.tails.get(request.rid)
         if tail is None:
             return
-        self._waiting[request.rid] = _Waiting(request, self._engine.open_ticket(tail.keys, tail.anchor))
+        self._record(tail)
+        if tail.anchor is not None:
+            self.linker.offer_again(last_host_node_id, tail.anchor)
+        with self.linker.cache_linker.calls.timed("arrival"):
+            trace = trace_of(tail.req, self._engine.index, self.page_size)
+            if self.explainer is not None:
+                self.explainer.arrived(tail)
+            ticket = self._engine.open_ticket(tail.keys, tail.anchor, tenant=cache_salt or "")
+            if trace is not None:
+                trace.looked_up(tail, ticket)
+        self._waiting[request.rid] = _Waiting(request, ticket, trace)
+
+    def _record(self, tail: Tail) -> None:
+        """Tell the recorder of a request, unless SGLang has made it to see whether all is well.
+
+        One that brings embeddings is left out, too: its tokens do not say what its KV is.
+        """
+        req = tail.req
+        if self._recorder is None or req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or not self._recorder.wants(req.rid):
+            return
+        if req.positional_embed_overrides is not None:
+            return
+        ends = block_ends(tail, self._engine.index, self.tree_core, self.page_size)
+        self._recorder.arrived(req.rid, len(req.origin_input_ids), ends)
 
     def check_prefetch_progress(self, request: CacheRequestHandle) -> bool:
         """Whether the request may be admitted in this pass. True for requests that have no ticket."""
         waiting = self._waiting.get(request.rid)
-        return waiting is None or waiting.handle != request or self._engine.admit(waiting.ticket)
+        if waiting is None or waiting.handle != request:
+            return True
+        admitted = self._engine.admit(waiting.ticket)
+        if waiting.trace is not None:
+            waiting.trace.asked(waiting.ticket, admitted=admitted)
+        return admitted
 
     def pop_prefetch_loaded_span(self, request: CacheRequestHandle) -> tuple[int, int | None]:
         """What was fetched for the request from below host memory: (tokens, where they start in its prompt).
@@ -159,11 +215,12 @@ class TieredRadixCache(UnifiedRadixCache):
         """Once a scheduler iteration, busy or idle. Constant time when nothing is pending."""
         if self.linker is None:
             return
-        self._engine.tick()
-        if self._metrics is not None and self._engine.below is not None:
-            self._metrics.publish(self._engine.below.spills)
-        if self.linker.cache_linker.is_copying or self._engine.is_pending:
-            self._agree()
+        with self.linker.cache_linker.calls.timed("iteration"):
+            self._engine.tick()
+            if self._metrics is not None:
+                self._metrics.publish()
+            if self.linker.cache_linker.is_copying or self._engine.is_pending:
+                self._agree()
 
     def _agree(self) -> None:
         """One reduction: learn what has ended on every rank and whose time is up, and act on it."""
@@ -203,6 +260,7 @@ class TieredRadixCache(UnifiedRadixCache):
     def ready_to_load_host_cache(self) -> int:
         if self._prefill_clock is not None:
             self._prefill_clock.begin()
+        self._restores_started_ns = time.time_ns()
         return -1 if self.linker is None else self.linker.start_layer_wise_loading()
 
     def finish_external_linker_loads(self, reqs: list[Req]) -> list[Req]:
@@ -219,6 +277,11 @@ class TieredRadixCache(UnifiedRadixCache):
         waiting = self._waiting.pop(req.rid, None)
         if waiting is None:
             return
+        if self._metrics is not None and not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            self._metrics.hits.launched(req, waiting.ticket)
+        if waiting.trace is not None and self.linker is not None:
+            slot_nbytes = self.linker.cache_linker.slot_nbytes
+            waiting.trace.launched(req, waiting.ticket, since_ns=self._restores_started_ns, slot_nbytes=slot_nbytes)
         if self.linker is not None:
             self.linker.forget(req.rid)
         if req.skip_radix_cache_insert:  # what it computes, nobody else can hit
@@ -236,10 +299,16 @@ class TieredRadixCache(UnifiedRadixCache):
 
     def on_release(self, req: Req, *, checkpointed: bool) -> None:
         super().on_release(req, checkpointed=checkpointed)
+        self._end_prefill(req.rid, len(req.output_ids_through_stop) if req.finished() else None)
         self._forget(req.rid)
+        if self._recorder is not None and req.finished():
+            self._recorder.ended(req.rid, len(req.output_ids_through_stop))
 
     def release_aborted_request(self, request: CacheRequestHandle) -> None:
         super().release_aborted_request(request)
+        if self._recorder is not None:
+            tail = None if self.linker is None else self.linker.tails.get(request.rid)
+            self._recorder.ended(request.rid, 0 if tail is None else len(tail.req.output_ids_through_stop))
         self._forget(request.rid)
 
     def _forget(self, rid: str) -> None:
@@ -250,10 +319,15 @@ class TieredRadixCache(UnifiedRadixCache):
     def _close_ticket(self, rid: str) -> None:
         waiting = self._waiting.pop(rid, None)
         if waiting is not None:
+            if waiting.trace is not None:
+                waiting.trace.dropped(waiting.ticket)
             self._engine.close_ticket(waiting.ticket)
+        self._end_prefill(rid, None)
+
+    def _end_prefill(self, rid: str, n_answer_tokens: int | None) -> None:
         prefill = self._prefills.pop(rid, None)
         if prefill is not None:
-            self._engine.end_prefill(prefill)
+            self._engine.end_prefill(prefill, n_answer_tokens=n_answer_tokens)
 
     def _close_tickets(self) -> None:
         for rid in (*self._waiting, *self._prefills):
@@ -289,6 +363,11 @@ class TieredRadixCache(UnifiedRadixCache):
         return backup
 
     # ---- life ----
+
+    def release_host_resources(self) -> None:
+        super().release_host_resources()
+        if self._recorder is not None:
+            self._recorder.close()
 
     def has_pending_cache_operations(self) -> bool:
         """Constant: each rank decides alone whether it is idle enough to flush, and `reset` quiesces by itself."""
@@ -358,7 +437,7 @@ class TieredRadixCache(UnifiedRadixCache):
         if below is not None:
             assert self._next_tiers is not None
             if self._metrics is not None:
-                self._metrics.publish(below.spills, now=True)
+                self._metrics.publish(now=True)
             self._engine.replace_tiers(self._next_tiers(self.namespace, below.tiers))
 
     def check_invariants(self) -> None:

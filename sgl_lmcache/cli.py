@@ -2,7 +2,7 @@
 
 Each command imports what it needs when it runs, and none of them imports SGLang or torch into this process (`serve`
 becomes SGLang's, `mooncake-master` Mooncake's): `--help`, `--version` and `config` answer at once. What is done to an
-SSD tier is in `ssd_cli`.
+SSD tier is in `ssd_cli`, what is asked about a prompt in `explain_cli`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sgl_lmcache import __version__, ssd_cli
+from sgl_lmcache import __version__, explain_cli, ssd_cli
 from sgl_lmcache.errors import StartError
+from sgl_lmcache.simulate import command as simulate
 
 if TYPE_CHECKING:
     from sgl_lmcache.config import Config, HostTier, LowerTier, MooncakeTier, ValkeyTier
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgl_lmcache.serve import main as serve
 
         return serve(arguments[1:])
+    if arguments[:1] == ["record"]:
+        from sgl_lmcache.record_cli import main as record
+
+        return record(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
@@ -44,13 +49,30 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sgl-lmcache", description="Keeps SGLang's KV cache alive below HBM.")
     parser.add_argument("--version", action="version", version=f"sgl-lmcache {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    # Listed for --help only; `main` has taken it before.
+    # Listed for --help only; `main` has taken these two before.
     commands.add_parser("serve", help="start SGLang's server with the cache; arguments go to SGLang as they are")
+    commands.add_parser("record", help="the same, and write a trace of its requests to a file: no text, no tokens")
 
     doctor = commands.add_parser("doctor", help="check this machine, and say what to do where something is wrong")
     doctor.add_argument("--port", type=_port, default=None, help="the port that the server will use (default 30000)")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(run=_doctor)
+
+    status = commands.add_parser("status", help="what a running server's cache holds and finds, from its metrics")
+    status.add_argument("--url", type=_url, default="http://127.0.0.1:30000", help="the server (default: %(default)s)")
+    how = status.add_mutually_exclusive_group()
+    how.add_argument(
+        "--watch",
+        type=_seconds,
+        nargs="?",
+        const=5.0,
+        metavar="SECONDS",
+        help="look again and again (default: every 5)",
+    )
+    how.add_argument("--json", action="store_true", help="print one look as JSON")
+    status.set_defaults(run=_status)
+
+    explain_cli.add_command(commands, _url)
 
     config = commands.add_parser("config", help="print the effective configuration, and where each value comes from")
     config.add_argument("--check", type=Path, metavar="FILE", help="only check this file instead of the one in use")
@@ -68,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     master.set_defaults(run=_mooncake_master)
 
     ssd_cli.add_commands(commands)
+    simulate.add_command(commands)
     return parser
 
 
@@ -75,6 +98,28 @@ def _port(text: str) -> int:
     if not (text.isdecimal() and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text} is not a number from 1 to 65535")
     return int(text)
+
+
+def _url(text: str) -> str:
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text} is not an address such as http://127.0.0.1:30000")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds from 1 to 3600")
+    return seconds
+
+
+def _status(options: argparse.Namespace) -> int:
+    from sgl_lmcache.status import command
+
+    return command(options.url, watch_s=options.watch, as_json=options.json)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -96,7 +141,7 @@ def _mooncake_master(options: argparse.Namespace) -> int:
 
 
 def _config(options: argparse.Namespace) -> int:
-    from sgl_lmcache.config import load, path_in
+    from sgl_lmcache.config_file import load, path_in
 
     if options.check is not None:
         load(options.check)
@@ -108,7 +153,8 @@ def _config(options: argparse.Namespace) -> int:
 
 def _effective(path: Path | None) -> Iterator[str]:
     """The configuration as YAML that can be used as it stands, each value with a comment that says where it is from."""
-    from sgl_lmcache.config import VARIABLE, parse, read
+    from sgl_lmcache.config import RECORD_VARIABLE, VARIABLE
+    from sgl_lmcache.config_file import from_environment, parse, read
 
     tree: dict[str, Any] = {} if path is None else read(path)
     config = parse(tree, source=str(path))
@@ -120,9 +166,21 @@ def _effective(path: Path | None) -> Iterator[str]:
     for position, tier in enumerate(config.tiers):
         given: dict[str, Any] = tree["tiers"][position] if "tiers" in tree else {}
         yield from _effective_tier(config, tier, given)
+    if config.pins:
+        yield "pins:"
+    for pin in config.pins:
+        yield _line("  - tokens", _quote(pin.tokens), given=True)
+        yield _line("    ttl", pin.ttl, given=True)
+        yield _line("    salt", _quote(pin.salt), given=True)
     yield "prefetch:"
     yield _line("  policy", config.prefetch.policy, given="policy" in prefetch)
     yield _line("  timeout", config.prefetch.timeout, given="timeout" in prefetch)
+    record = from_environment().record
+    if record is not None:
+        given = tree.get("record", {}) if record == config.record else {}
+        yield "record:"
+        yield _line("  path", _quote(record.path), given="path" in given, otherwise=f"from {RECORD_VARIABLE}")
+        yield _line("  limit", record.limit, given="limit" in given)
 
 
 def _effective_tier(config: Config, tier: HostTier | LowerTier, given: Mapping[str, Any]) -> Iterator[str]:
@@ -140,6 +198,11 @@ def _effective_tier(config: Config, tier: HostTier | LowerTier, given: Mapping[s
         yield _line("    capacity", tier.capacity, given=True)
     if isinstance(tier, SsdTier):
         yield _line("    write", tier.write, given="write" in given)
+        if tier.endurance is not None:
+            yield _line("    endurance", tier.endurance, given=True)
+    if tier.quotas:
+        quotas = ", ".join(f"{_quote(tenant)}: {quota}" for tenant, quota in tier.quotas.items())
+        yield _line("    quotas", f"{{{quotas}}}", given=True)
     own = given.get("eviction") is not None
     yield _line("    eviction", config.eviction_of(tier), given=own, otherwise="as for every tier")
 

@@ -27,7 +27,8 @@ from pathlib import Path
 
 import sgl_lmcache
 from sgl_lmcache import BACKEND, SGLANG_VERSION, seams
-from sgl_lmcache.config import VARIABLE, Config, ConfigError, SsdTier, ValkeyTier, from_environment
+from sgl_lmcache.config import VARIABLE, Config, ConfigError, SsdTier, ValkeyTier
+from sgl_lmcache.config_file import from_environment
 from sgl_lmcache.cpu import has_gpu
 from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.memory import Memory, format_nbytes, host_capacity, read_memory

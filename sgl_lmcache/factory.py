@@ -6,7 +6,6 @@ change. What this returns cannot fail a request later.
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import sys
@@ -25,11 +24,13 @@ from sglang.srt.mem_cache.registry import (
 )
 from sglang.srt.runtime_context import get_context, get_lora, get_parallel
 
-from hicache import UNKNOWN, Engine, LowerTier
-from radix import HOST, Index
-from sgl_lmcache import BACKEND
+from hicache import UNKNOWN, Engine, LowerTier, QuotaError
+from hicache.logs import get_logger
+from radix import HOST, MAX_GROUPS, Index
+from sgl_lmcache import BACKEND, record
 from sgl_lmcache.cache import TieredRadixCache
-from sgl_lmcache.config import Config, from_environment
+from sgl_lmcache.config import Config
+from sgl_lmcache.config_file import from_environment
 from sgl_lmcache.errors import StartError
 from sgl_lmcache.linker import Linker
 from sgl_lmcache.memory import host_capacity
@@ -40,6 +41,7 @@ from sgl_lmcache.namespace import (
     scales_identity,
     weights_digest,
 )
+from sgl_lmcache.pins import apply_pins
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache.ranks import Ranks, ranks_of
 from sgl_lmcache.refusals import refuse_unsupported
@@ -48,7 +50,7 @@ from transfer.copies import Copies, DevicePool
 from transfer.layout import PageLayout
 from transfer.slab import Slab
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SWITCH_INTERVAL_S = 2e-4
 """How long a Python-bound background thread may keep the GIL from the scheduler; the interpreter's default is 25 times
@@ -83,8 +85,11 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     namespace = _namespace(ctx, config, layout, origin)
     openers = _tier_openers(ctx, config, layout, slab)
     tiers = [LowerTier(opener.open(namespace), opener.write) for opener in openers]
+    engine = _engine(config, n_slots, device_pool.n_pages, tiers, layout)
+    _apply_quotas(engine, config, n_slots * layout.slot_nbytes, layout.slot_nbytes)
+    apply_pins(engine, config, page_size=layout.page_size, is_eagle=ctx.params.is_eagle)
     linker = Linker(
-        _engine(config, n_slots, device_pool.n_pages, tiers, layout),
+        engine,
         _copies(ctx, device_pool, layout, slab),
         slab,
         page_size=layout.page_size,
@@ -98,6 +103,9 @@ def build(ctx: TreeCacheBuildContext) -> BasePrefixCache:
         ranks,
         weights_digest=partial(weights_digest, ctx.tp_worker.model_runner.model, ctx.params.attn_tp_cache_group),
         next_tiers=partial(next_tiers, openers),
+        recorder=_recorder(config, layout.page_size),
+        replica=get_parallel().dp_rank or 0,
+        has_metrics_port=config.metrics is not None,
     )
     pool.register_layer_transfer_counter(linker.layer_done_counter)
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
@@ -152,6 +160,20 @@ def _tier_openers(ctx: TreeCacheBuildContext, config: Config, layout: PageLayout
     return tier_openers(config, Place(rank % n_local_ranks, n_local_ranks, slab.array, slab.fd, layout.page_nbytes))
 
 
+def _recorder(config: Config, page_size: int) -> record.Recorder | None:
+    """One for each replica: the first of the ranks that share its requests."""
+    parallel = get_parallel()
+    if config.record is None or parallel.attn_tp_rank != 0:
+        return None
+    return record.start(
+        Path(config.record.path),
+        replica=(parallel.dp_rank or 0, parallel.dp_size * parallel.attn_dp_size),
+        page_size=page_size,
+        limit_nbytes=config.record.limit,
+        clock=time.monotonic,
+    )
+
+
 def _agree_on_start(ranks: Ranks, n_slots: int) -> tuple[int, str]:
     """The least number of slots that any rank would take, and a number of this server's own.
 
@@ -197,7 +219,13 @@ def _engine(
 ) -> Engine:
     """Every row of the index is a page in HBM or in host memory, or is kept by a lease or a child: a few more."""
     capacity = n_slots + n_device_pages + max(1024, n_device_pages // 4)
-    index = Index(capacity, policies={HOST: config.eviction_of(config.host)})
+    index = Index(
+        capacity,
+        policies={HOST: config.eviction_of(config.host)},
+        n_groups=MAX_GROUPS,
+        n_pages=n_slots,
+        page_tokens=layout.page_size,
+    )
     return Engine(
         index,
         n_slots,
@@ -207,7 +235,19 @@ def _engine(
         batch_pages=max(1, BATCH_NBYTES // layout.slot_nbytes),
         fetch_only_if_faster=config.prefetch.policy == "auto",
         fetch_timeout_s=config.prefetch.timeout,
+        tenants=config.ssd.quotas if config.ssd is not None else (),
     )
+
+
+def _apply_quotas(engine: Engine, config: Config, rank_nbytes: int, slot_nbytes: int) -> None:
+    """Of host memory: each rank gives a tenant an equal part of its quota. An SSD has been opened with its own."""
+    n_local_ranks = _n_local_ranks()
+    for tenant, quota in config.host.quotas.items():
+        n_pages = quota.of(rank_nbytes * n_local_ranks) // n_local_ranks // slot_nbytes
+        try:
+            engine.set_quota(tenant, n_pages)
+        except QuotaError as error:
+            raise StartError(f"sgl_lmcache: tiers[0].quotas.{tenant}: {error}.") from error
 
 
 def _create_cache(ctx: TreeCacheBuildContext) -> TieredRadixCache:

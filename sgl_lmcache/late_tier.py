@@ -3,20 +3,23 @@
 Opening a store takes milliseconds on a healthy disk and for ever on one that hangs, and so does closing the one before.
 Neither may keep the scheduler. Until the tier is open it has nothing and takes nothing; if it cannot be opened, it is
 tried again from time to time.
+
+It keeps the quotas of the tier before it, which may have been changed since the configuration was read.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Final
 
-from hicache import Batch, Capacity, Health, NullTier, Tier
+from hicache import Batch, Capacity, Health, NullTier, QuotaError, Tier
+from hicache.logs import get_logger
+from hicache.quotas import Share
 from sgl_lmcache.errors import StartError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RETRY_S: Final = 30.0
 
@@ -32,6 +35,8 @@ class LateTier(Tier):
         self._open_tier = open_tier
         self._before = before
         self._inner: Tier = NullTier()
+        self._quotas = dict(before.quotas)
+        """Those that the tier to come is to keep."""
         self._reason = "it is being opened"
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -56,10 +61,19 @@ class LateTier(Tier):
         with self._lock:
             is_wanted = not self._closed.is_set()
             if is_wanted:
+                self._give_quotas(opened)
                 self._inner = opened
         if not is_wanted:
             opened.close()
         return True
+
+    def _give_quotas(self, opened: Tier) -> None:
+        if not self._quotas:
+            return
+        try:
+            opened.set_quotas(self._quotas)
+        except QuotaError as error:
+            logger.error("sgl_lmcache: the %s tier has the quotas of the configuration: %s", self._name, error)
 
     @property
     def is_open(self) -> bool:
@@ -88,6 +102,21 @@ class LateTier(Tier):
 
     def clear(self) -> Future[int]:
         return self._inner.clear()
+
+    def set_quotas(self, quotas: Mapping[str, int]) -> None:
+        """Those that are given before the tier is open are given to it then; if they cannot be, the log says so."""
+        with self._lock:
+            if self.is_open:
+                self._inner.set_quotas(quotas)
+            else:
+                self._quotas |= quotas
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        return self._inner.quotas if self.is_open else self._quotas
+
+    def shares(self) -> Sequence[Share]:
+        return self._inner.shares()
 
     def expected_load_s(self, n_pages: int) -> float:
         return self._inner.expected_load_s(n_pages)

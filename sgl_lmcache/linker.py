@@ -20,9 +20,8 @@ Everything here runs on SGLang's scheduler thread.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
@@ -32,13 +31,15 @@ import torch
 from numpy.typing import NDArray
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
-from hicache import Engine, Offload, Restore
+from hicache import Engine, Movement, Offload, Restore
+from hicache.logs import get_logger
+from sgl_lmcache.calls import Calls
 from sgl_lmcache.keys import to_blob
 from transfer.copies import Copies, Copy, LayerwiseCopy
 from transfer.errors import CopyError
 from transfer.slab import Slab
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Pages = NDArray[np.int64]
 
@@ -81,8 +82,47 @@ class _QueuedLoad:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _RunningLoad:
-    copy: LayerwiseCopy
+    copy: _TimedCopy
     restores: Sequence[Restore]
+
+    def movement(self) -> Movement:
+        n_pages = sum(len(restore.slots) for restore in self.restores)
+        return Movement("host", n_pages, self.copy.ended_s - self.copy.started_s)
+
+
+class _TimedCopy:
+    """A restore, and when it began and was first seen to have ended.
+
+    The forward looks at each of its layers, and the scheduler in each of its iterations. clock: monotonic seconds.
+    """
+
+    def __init__(self, copy: LayerwiseCopy, clock: Callable[[], float]) -> None:
+        self._copy = copy
+        self._clock = clock
+        self.started_s = clock()
+        self._ended_s: float | None = None
+
+    @property
+    def ended_s(self) -> float:
+        """When it was first seen to have ended; now, if it was not."""
+        return self._clock() if self._ended_s is None else self._ended_s
+
+    @property
+    def failed(self) -> BaseException | None:
+        return self._copy.failed
+
+    def done(self) -> bool:
+        if self._ended_s is None and self._copy.done():
+            self._ended_s = self._clock()
+        return self._ended_s is not None
+
+    def wait(self) -> None:
+        self._copy.wait()
+        self.done()
+
+    def wait_layer(self, layer: int) -> None:
+        self._copy.wait_layer(layer)
+        self.done()
 
 
 class LayerCounter:
@@ -138,6 +178,7 @@ class Linker:
     ) -> None:
         self.engine = engine
         self.copies = copies
+        self.calls = Calls(engine.clock)
         self._slab = slab
         self.layer_done_counter = LayerCounter(num_layers)
         # SGLang asks only which pools are here.
@@ -156,6 +197,10 @@ class Linker:
 
         keys: 32n bytes below the page `parent`. device_indices: int64[n * page_size], whole pages of token rows.
         """
+        with self.calls.timed("write_back"):
+            return self._begin_write_back(keys, parent, device_indices)
+
+    def _begin_write_back(self, keys: bytes, parent: bytes | None, device_indices: torch.Tensor) -> bool:
         if self._n_pending_pages > self._max_pending_pages:
             self.engine.skip_offload(keys, parent)
             return False
@@ -181,6 +226,16 @@ class Linker:
         with suppress(CopyError):
             self._write_backs[0].copy.wait()
 
+    @property
+    def n_pending_pages(self) -> int:
+        """How many pages are being copied from HBM into host memory, or wait for it."""
+        return self._n_pending_pages
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Of a page in host memory, its padding included."""
+        return self._slab.slot_nbytes
+
     # ---- what the ranks have to agree on ----
 
     @property
@@ -197,7 +252,10 @@ class Linker:
     def end_restores(self, n: int) -> None:
         """The first n restores have been copied on every rank: their leases end."""
         for _ in range(n):
-            for restore in self._running.popleft().restores:
+            load = self._running.popleft()
+            if load.copy.failed is None:
+                self.engine.observed.movements.append(load.movement())
+            for restore in load.restores:
                 self.engine.finish_restore(restore, copied=True)
 
     # ---- host -> HBM ----
@@ -226,7 +284,8 @@ class Linker:
 
     def start_layer_wise_loading(self) -> int:
         """Start all queued restores as one layer-wise copy. Returns its index for the layer counter, -1 for none."""
-        index = self._start_queued_loads()
+        with self.calls.timed("restore"):
+            index = self._start_queued_loads()
         # Generation sets the consumer again, to the same; the forward of an embedding model never does.
         self.layer_done_counter.set_consumer(index)
         return index
@@ -238,7 +297,7 @@ class Linker:
         self._queued.clear()
         pages = np.concatenate([load.pages for load in loads])
         slots = np.concatenate([load.restore.slots for load in loads])
-        copy = self.copies.restore(pages, slots)
+        copy = _TimedCopy(self.copies.restore(pages, slots), self.engine.clock)
         self._running.append(_RunningLoad(copy, tuple(load.restore for load in loads)))
         return self.layer_done_counter.add(copy)
 

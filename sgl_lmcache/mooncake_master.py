@@ -13,8 +13,10 @@ import shutil
 import sys
 from pathlib import Path
 
-from sgl_lmcache.config import MASTER_PORT, VARIABLE, MooncakeTier, Seconds, load, path_in, split_address
+from sgl_lmcache.config import MASTER_PORT, VARIABLE, MooncakeTier, split_address
+from sgl_lmcache.config_file import load, path_in
 from sgl_lmcache.errors import StartError
+from sgl_lmcache.quantities import Seconds
 
 PROGRAM = "mooncake_master"
 METRICS_PORT = 9003

@@ -17,7 +17,6 @@ there, what they were called, or whether all of them came.
 from __future__ import annotations
 
 import hashlib
-import logging
 import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -31,8 +30,9 @@ import xxhash
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
+from hicache.logs import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FORMAT_VERSION = 1
 """Of the bytes of a stored page: one more whenever an old one could be misread."""

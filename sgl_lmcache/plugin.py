@@ -8,7 +8,10 @@ Without our flag every hook that is registered here returns at once:
   its external-linker and LMCache flags on there makes the scheduler call the cache's prefetch, load and event methods.
   They cannot be given on the command line together with a backend of one's own;
 - around the calls that bring new weights: see `sgl_lmcache.weights`;
-- after `Req.__init__`: see `sgl_lmcache.adapters`.
+- after `Req.__init__`: see `sgl_lmcache.adapters`;
+- before the schedulers are launched, and around the scheduler's `get_internal_state`: see `sgl_lmcache.endpoints`;
+- before the scheduler makes its metrics collector, and after it has read HiCache's figures: see
+  `sgl_lmcache.hicache_gauges`.
 
 SGLang logs what a plug-in raises and goes on without it, so the factory checks that the second hook has run.
 """
@@ -30,13 +33,15 @@ def register() -> None:
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sgl_lmcache import adapters, cpu, weights
+    from sgl_lmcache import adapters, cpu, endpoints, hicache_gauges, weights
 
     register_radix_cache_backend(BACKEND, _build)
     HookRegistry.register("sglang.srt.server_args.ServerArgs.resolve_once", _before_resolution, HookType.BEFORE)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", _before_scheduler, HookType.BEFORE)
     weights.register()
     adapters.register()
+    endpoints.register()
+    hicache_gauges.register()
     cpu.install()
 
 
@@ -46,12 +51,16 @@ def _before_resolution(server_args: ServerArgs) -> None:
     if getattr(server_args, "_resolution_finished", False):
         return
     from sgl_lmcache import seams
-    from sgl_lmcache.config import from_environment
+    from sgl_lmcache.config_file import from_environment
     from sgl_lmcache.page_size import set_page_size
 
     seams.require_version()
-    from_environment()
+    config = from_environment()
     set_page_size(server_args)
+    if config.metrics is not None:
+        from sgl_lmcache.metrics_port import open_port
+
+        open_port(config.metrics.listen)
 
 
 def _before_scheduler(*_args: Any, **_kwargs: Any) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 _NAMESPACES = ("context", "device", "disagg", "exec", "lora", "memory", "parallel", "schedule", "serving", "spec")
 _NAMESPACE = "part of the namespace"
 _REFUSALS = "read by our refusals"
+_RECORDING = "needed by a recording"
 _PREFETCH = (
     "self, request, last_host_node_id, new_input_tokens, last_hash=None, prefix_keys=None, matched_prefix_tokens=None, "
     "extra_key=None, cache_salt=None, storage_hit_end=None"
@@ -104,6 +105,7 @@ _CONFIGURATION = (
     ),
     *_names("sglang.srt.arg_groups.fields.parallel.Parallel", "counts the ranks", "tp_size", "dp_size", "nnodes"),
     *_names("sglang.srt.arg_groups.fields.parallel.Parallel", _NAMESPACE, "attn_tp_rank", "attn_tp_size"),
+    *_names("sglang.srt.arg_groups.fields.parallel.Parallel", _RECORDING, "attn_dp_size"),
     *_names("sglang.srt.runtime_context.SpawnRanks", "numbers the ranks of a node", "dp_rank"),
     *_names("sglang.srt.mem_cache.registry.TreeCacheBuildContext", "numbers the ranks of a node", "tp_rank"),
     *_names("sglang.srt.arg_groups.fields.parallel.Parallel", _REFUSALS, "dcp_size"),
@@ -158,6 +160,26 @@ _CACHE = (
     ),
     *_names("sglang.srt.managers.schedule_batch.Req", "tells adapters' keys from callers'", "extra_key", "lora_id"),
     Seam("sglang.srt.managers.schedule_batch.Req.skip_radix_cache_insert", None, "says that nobody will hit it"),
+    *_of(
+        "sglang.srt.managers.schedule_batch.Req",
+        Seam("origin_input_ids", None, _RECORDING),
+        Seam("cache_salt", None, _RECORDING),
+        Seam("last_node", None, _RECORDING),
+        Seam("positional_embed_overrides", None, _RECORDING),
+        Seam("output_ids_through_stop", "self", _RECORDING),
+        Seam("finished", "self", "tells a request's end from its retraction"),
+    ),
+    *_names(
+        "sglang.srt.managers.schedule_batch.Req",
+        "says where a prompt was found, for metrics",
+        *("cached_tokens_device", "cached_tokens_host", "cached_tokens_storage", "retracted_stain"),
+    ),
+    Seam("sglang.srt.constants.HEALTH_CHECK_RID_PREFIX", None, "tells SGLang's own requests from others'"),
+    Seam(
+        "sglang.srt.mem_cache.utils.get_storage_hash_str",
+        "key, prior_hash=None, page_size=None",
+        "hashes what a match leaves out, for a recording",
+    ),
     Seam("sglang.srt.mem_cache.unified_cache.cache_action.BackupKV", None, "a type of the calls to our cache"),
     Seam("sglang.srt.mem_cache.unified_cache.components.ComponentType", None, "a type of the calls to our cache"),
     Seam("sglang.srt.mem_cache.unified_cache.unified_tree_core_interface.NodeId", None, "names a node"),
@@ -176,6 +198,7 @@ _CACHE = (
         Seam("finish_external_linker_loads", "self, reqs", "overridden: a batch's tickets have served"),
         Seam("on_release", "self, req, *, checkpointed", "overridden: a request's end"),
         Seam("release_aborted_request", "self, request", "overridden: an aborted request's end"),
+        Seam("release_host_resources", "self", "overridden: the server's end"),
         Seam("evict", "self, params", "overridden: unlocks write-backs first"),
         Seam("evict_for_alloc", "self, params, *, allocation_reclaim_satisfied=None", "overridden: as evict"),
         Seam("_evict_device_leaf", "self, node_id, tracker", "overridden: tells the index what HBM loses"),
@@ -183,6 +206,7 @@ _CACHE = (
         Seam("reset", "self", "overridden: closes all tickets"),
         Seam("evictable_size", "self", "tells whether write-backs must be unlocked"),
         Seam("protected_size", "self", "tells whether HBM is empty"),
+        Seam("token_to_kv_pool_allocator", None, "says how much HBM holds"),
         Seam("get_last_hash_value", "self, node_id", "the key that a tail hangs from"),
         Seam("inc_lock_ref", "self, node_id, skip_lock_components=()", "locks a node for its write-back"),
         Seam("tree_core", None, "the tree, whose nodes we read"),
@@ -215,6 +239,11 @@ _WRAPPER = (
     ),
     *_names("sglang.srt.mem_cache.hicache_storage", "names the one pool that we serve", "PoolName", "PoolName.KV"),
     Seam("sglang.srt.mem_cache.radix_cache.RadixKey", None, "a prompt's tokens"),
+    Seam(
+        "sglang.srt.mem_cache.radix_cache.RadixKey.__init__",
+        "self, token_ids, extra_key=None, is_bigram=False, limit=None, cache_salt=None",
+        "tokens that a match leaves out, for a recording",
+    ),
     Seam("sglang.srt.mem_cache.radix_cache.RadixKey.maybe_to_bigram_view", "self, is_eagle, value=None", "as the tree"),
     Seam("sglang.srt.mem_cache.base_prefix_cache.MatchResult", None, "what a match found"),
     *_names(
@@ -313,6 +342,7 @@ _BYTES = (
         for pool in ("MHATokenToKVPool", "MLATokenToKVPool")
     ),
     Seam("sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.get_kvcache", "self", "the pool"),
+    Seam("sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator.size", None, "says how much HBM holds"),
     *_of(
         "sglang.srt.managers.tp_worker.TpModelWorker",
         Seam("register_hicache_layer_transfer_counter", "self, counter", "lets the worker name a batch's restore"),
@@ -373,6 +403,95 @@ _WEIGHTS = (
     *_names("sglang.srt.managers.io_struct.EndWeightUpdateReqOutput", "says whether a session has ended", "success"),
 )
 
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+
+_ENDPOINTS = (
+    *_names("sglang.srt.plugins.hook_registry.HookType", "a kind of our hooks", "AROUND"),
+    Seam("sglang.srt.server_args.ServerArgs.check_server_args", "self", "hooked to add our endpoints before it serves"),
+    *_names("sglang.srt.entrypoints", "the HTTP server that our endpoints are added to", "http_server"),
+    *_names("sglang.srt.entrypoints.http_server", "where our endpoints are added", "app"),
+    *_names(
+        "sglang.srt.arg_groups.fields.serving.Serving",
+        "decides where our endpoints are added",
+        "tokenizer_worker_num",
+        "admin_api_key",
+    ),
+    *_names("sglang.srt.environ", "names the application of several HTTP processes", "envs"),
+    *_names(
+        "sglang.srt.environ.Envs", "names the application of several HTTP processes", "SGLANG_HTTP_SERVER_APP_PATH"
+    ),
+    Seam("sglang.srt.entrypoints.http_server.get_global_state", "", "leads to the tokenizer manager"),
+    *_names("sglang.srt.entrypoints.http_server._GlobalState", "leads to the schedulers", "tokenizer_manager"),
+    *_names("sglang.srt.utils.auth", "asks for the admin key", "AuthLevel"),
+    *_names("sglang.srt.utils.auth.AuthLevel", "asks for the admin key", "ADMIN_OPTIONAL"),
+    Seam("sglang.srt.utils.auth.auth_level", "level", "asks for the admin key"),
+    Seam(f"{_SCHEDULER}.get_internal_state", "self, recv_req", "hooked to answer questions about the cache"),
+    *_names("sglang.srt.managers.io_struct", "carries a question to the schedulers", "GetInternalStateReq"),
+    *_names("sglang.srt.managers.io_struct.BaseReq", "carries a question to the schedulers", "rid"),
+    Seam("sglang.srt.managers.io_struct.GetInternalStateReqOutput", "internal_state", "carries an answer back"),
+    *_names("sglang.srt.managers.io_struct.GetInternalStateReqOutput", "carries an answer back", "internal_state"),
+    *_names("sglang.srt.managers.tokenizer_manager", "leads to the schedulers", "TokenizerManager"),
+    Seam(f"{_MANAGER}.is_ready", "self", "whether SGLang takes requests"),
+    Seam(f"{_MANAGER}.auto_create_handle_loop", "self", "has answers of the schedulers received"),
+    *_names(_MANAGER, "leads to the processes that SGLang watches", "_subprocess_watchdog"),
+    *_names(_MANAGER, "leads to the ids of adapters", "lora_registry"),
+    *_names("sglang.srt.utils.watchdog.SubprocessWatchdog", "the processes that SGLang watches", "_processes"),
+    Seam("sglang.srt.lora.lora_registry.LoRARegistry.get_all_adapters", "self", "the ids of adapters by their names"),
+    *_names("sglang.srt.lora.lora_registry.LoRARef", "an adapter's id, which is part of keys", "lora_id"),
+    _caller("sglang.srt.entrypoints.engine.Engine._launch_subprocesses", "check_server_args"),
+    _caller(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.get_internal_state",
+        "get_internal_state_communicator",
+    ),
+)
+
+_COLLECTOR = "sglang.srt.observability.metrics_collector"
+_REPORTER = "sglang.srt.managers.scheduler_components.metrics_reporter"
+
+_HICACHE_GAUGES = (
+    Seam(
+        f"{_COLLECTOR}.SchedulerMetricsCollector.init_new",
+        "cls, *, server_args, enable_priority_scheduling, enable_lora, enable_hierarchical_cache",
+        "hooked to have HiCache's gauges",
+    ),
+    Seam(
+        f"{_COLLECTOR}.SchedulerMetricsCollector.log_stats",
+        None,
+        "publishes what our hook fills in",
+        ("enable_hierarchical_cache", "hicache_host_used_tokens", "hicache_host_total_tokens"),
+    ),
+    *_names(
+        f"{_COLLECTOR}.SchedulerStats",
+        "filled in by our hook",
+        *("hicache_host_used_tokens", "hicache_host_total_tokens"),
+    ),
+    Seam(f"{_REPORTER}.SchedulerMetricsReporter", None, "given to our hook"),
+    Seam(f"{_REPORTER}.SchedulerMetricsReporter._log_hicache_stats", "self", "hooked to fill in HiCache's gauges"),
+    *_names(
+        f"{_REPORTER}.SchedulerMetricsReporter", "leads to our cache and to what is published", "scheduler", "stats"
+    ),
+)
+
+_TRACE = "sglang.srt.observability.trace"
+_TRACED = "carries our part of a request's trace"
+
+_TRACES = (
+    *_names("sglang.srt.managers.schedule_batch.Req", _TRACED, "time_stats"),
+    *_names("sglang.srt.observability.req_time_stats.ReqTimeStatsBase", _TRACED, "trace_ctx"),
+    *_names(f"{_TRACE}.TraceNullContext", "says that a request is not traced", "tracing_enable"),
+    *_names(f"{_TRACE}.TraceReqContext", "says whether a request is traced", "tracing_enable"),
+    *_names(f"{_TRACE}_async.TraceReqContextAsync", "says whether a request is traced", "tracing_enable"),
+    Seam(f"{_TRACE}.TraceReqContext", None, _TRACED),
+    Seam(f"{_TRACE}.TraceReqContext.trace_slice", "self, slice, thread_finish_flag=False", _TRACED),
+    Seam(f"{_TRACE}_async.TraceReqContextAsync.trace_slice", "self, slice_ctx, thread_finish_flag=False", _TRACED),
+    Seam(f"{_TRACE}.TraceSliceContext", "slice_name, start_time_ns, end_time_ns, span, level, attrs, events", _TRACED),
+    *_names(
+        "sglang.srt.managers.schedule_batch.Req",
+        "how much of a request is restored, for its trace",
+        *("full_untruncated_fill_ids", "host_hit_length", "host_loaded_length"),
+    ),
+)
+
 _ATTENTION = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 _EXTEND = "query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens"
 _MODE = "scaling=None, enable_gqa=False, causal=False, is_cross_attn=False, sliding_window_size=None"
@@ -410,5 +529,6 @@ _CPU_MODE = (
 )
 
 SEAMS: tuple[Seam, ...] = (
-    *(*_PLUGIN, *_CONFIGURATION, *_CACHE, *_WRAPPER, *_LINKER_CALLS, *_CALLERS, *_BYTES, *_WEIGHTS, *_CPU_MODE),
+    *(*_PLUGIN, *_CONFIGURATION, *_CACHE, *_WRAPPER, *_LINKER_CALLS, *_CALLERS, *_BYTES, *_WEIGHTS),
+    *(*_ENDPOINTS, *_HICACHE_GAUGES, *_TRACES, *_CPU_MODE),
 )

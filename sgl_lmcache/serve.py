@@ -14,7 +14,8 @@ from math import prod
 from pathlib import Path
 
 from sgl_lmcache import BACKEND
-from sgl_lmcache.config import VARIABLE, from_environment
+from sgl_lmcache.config import VARIABLE
+from sgl_lmcache.config_file import from_environment
 from sgl_lmcache.cpu import cpu_arguments, cpu_environment, find_option, has_gpu
 from sgl_lmcache.errors import StartError
 

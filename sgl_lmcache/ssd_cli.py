@@ -36,7 +36,8 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _configured_path() -> Path:
-    from sgl_lmcache.config import VARIABLE, from_environment
+    from sgl_lmcache.config import VARIABLE
+    from sgl_lmcache.config_file import from_environment
 
     ssd = from_environment().ssd
     if ssd is None:

@@ -94,6 +94,8 @@ def _open_ssd(config: Config, ssd: SsdConfig, place: Place, namespace: Namespace
             limit_nbytes=ssd.capacity,
             server=_server_token(),
             eviction=config.eviction_of(ssd),
+            quotas={tenant: quota.of(ssd.capacity) for tenant, quota in ssd.quotas.items()},
+            endurance_nbytes=ssd.endurance,
         )
     except StoreError as error:
         raise StartError(f"sgl_lmcache: {error}.") from error

@@ -7,17 +7,17 @@ that cannot use its own files has been set up wrongly. What the store says later
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from hicache.logs import get_logger
 from hicache.valkey import Endpoint, Tls
 from sgl_lmcache.config import ValkeyTier
 from sgl_lmcache.errors import StartError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def endpoint_of(tier: ValkeyTier, env: Mapping[str, str] = os.environ) -> Endpoint:

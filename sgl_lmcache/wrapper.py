@@ -8,13 +8,15 @@ Three things differ from the original, each for a reason met in practice:
   iteration, and the hashes change only when the HBM hit or the prompt does.
 - a write-back is given its parent, and where host memory does not hold that parent, the whole path instead. SGLang
   offers a node once in its life in HBM, so pages that host memory has evicted meanwhile would otherwise be lost for
-  good, and with them everything below. (A path longer than all of host memory is not offered again.)
+  good, and with them everything below. So is a path that a request hits in HBM. (A path longer than all of host memory
+  is not offered again.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.base_prefix_cache import MatchResult
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
@@ -30,6 +32,7 @@ from sgl_lmcache.keys import to_blob, to_hashes
 from sgl_lmcache.linker import Linker
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_cache.unified_tree_core_interface import NodeId
 
@@ -106,23 +109,48 @@ class TieredLinkerWrapper(UnifiedCacheLinkerWrapper):
         """A node has been inserted: hand its pages, or its whole path, to the linker; lock it while they are copied."""
         core = self.cache.tree_core
         (kv,) = transfers
-        keys = to_blob(kv.keys)
         path = core.collect_path_info([node_id])[0]
         parent_hash = core.get_last_hash_value(path[-1].parent_id)
         parent = bytes.fromhex(parent_hash) if parent_hash else None
-        device_indices = kv.device_indices
-        if not self._engine.holds(parent) and path[-1].path_end <= self._engine.host.n_slots * self.cache.page_size:
-            parent = None
-            keys = to_blob(core.get_prefix_hash_values(node_id)) + keys
-            device_indices = core.collect_full_device_indices(node_id, path[0].parent_id)
-        assert len(keys) // KEY_NBYTES * self.cache.page_size == len(device_indices)
-        copying = self.cache_linker.write_back(keys, parent, device_indices)
+        if not self._engine.holds(parent) and self._fits(path):
+            copying = self._write_back_path(node_id, path)
+        else:
+            copying = self._write_back(to_blob(kv.keys), parent, kv.device_indices)
         core.mark_external_linker_offload_pending(node_id)
         if not copying:
             core.finish_external_linker_offload([node_id], node_id, True)
             return
+        self._lock(node_id, [node_id])
+
+    def offer_again(self, node_id: NodeId, last_key: bytes) -> None:
+        """A request hits HBM down to this page, and host memory has lost it or a page above: keep its path again.
+
+        SGLang would not: it offers a node once. When HBM evicts these pages, which are in use, they would be gone.
+        """
+        core = self.cache.tree_core
+        if self._engine.holds(last_key) or core.get_last_hash_value(node_id) != last_key.hex():
+            return
+        path = core.collect_path_info([node_id])[0]
+        if self._fits(path) and self._write_back_path(node_id, path):
+            self._lock(node_id, [])
+
+    def _fits(self, path: Sequence[Any]) -> bool:
+        return bool(path[-1].path_end <= self._engine.host.n_slots * self.cache.page_size)
+
+    def _write_back_path(self, node_id: NodeId, path: Sequence[Any]) -> bool:
+        """The node, and all that is above it."""
+        core = self.cache.tree_core
+        keys = to_blob([*core.get_prefix_hash_values(node_id), *core.get_hash_values(node_id)])
+        return self._write_back(keys, None, core.collect_full_device_indices(node_id, path[0].parent_id))
+
+    def _write_back(self, keys: bytes, parent: bytes | None, device_indices: torch.Tensor) -> bool:
+        assert len(keys) // KEY_NBYTES * self.cache.page_size == len(device_indices)
+        return self.cache_linker.write_back(keys, parent, device_indices)
+
+    def _lock(self, node_id: NodeId, publish: list[NodeId]) -> None:
+        """Until the copy just begun has been acknowledged. publish: nodes that SGLang then knows to be stored."""
         lock_params = self.cache.inc_lock_ref(node_id).to_dec_params()
-        self.pending_offloads.append(_PendingOffload(node_id, lock_params, [node_id]))
+        self.pending_offloads.append(_PendingOffload(node_id, lock_params, publish))
 
     def acknowledge(self, *, n_landed: int, n_failed: int) -> None:
         """The first write-backs have ended on every rank, n_landed well and then n_failed badly: unlock their nodes."""

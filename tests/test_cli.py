@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,25 @@ import pytest
 import yaml
 
 from sgl_lmcache import __version__, cli, doctor, serve
-from sgl_lmcache.config import VARIABLE, Config, HostTier, LowerTier, SsdTier, load, parse
+from sgl_lmcache.config import (
+    RECORD_LIMIT_VARIABLE,
+    RECORD_VARIABLE,
+    VARIABLE,
+    Config,
+    HostTier,
+    LowerTier,
+    Record,
+    SsdTier,
+)
+from sgl_lmcache.config_file import from_environment, load, parse
 from sgl_lmcache.doctor import Finding, Level
 
 
 @pytest.fixture(autouse=True)
 def _no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    for name in (VARIABLE, RECORD_VARIABLE, RECORD_LIMIT_VARIABLE):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
 
 
 @pytest.fixture
@@ -44,6 +57,70 @@ def test_serve_gets_its_arguments_to_the_letter(served: list[list[str]], argumen
     assert served == [arguments]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "limit", "rest"),
+    [
+        ([], None, []),
+        (["--model-path", "m", "--", "--limit", "x"], None, ["--model-path", "m", "--", "--limit", "x"]),
+        (["--limit", "1GiB", "--help"], "1GiB", ["--help"]),
+        (["--limit=2MB", "-x"], "2MB", ["-x"]),
+    ],
+)
+def test_record_is_serve_with_a_recording(
+    served: list[list[str]], tmp_path: Path, arguments: list[str], limit: str | None, rest: list[str]
+) -> None:
+    path = tmp_path / "trace.jsonl"
+    assert cli.main(["record", str(path), *arguments]) == 3
+    assert served == [rest]
+    named = {"path": str(path)} if limit is None else {"path": str(path), "limit": limit}
+    assert from_environment().record == parse({"record": named}, source="test").record
+    assert not path.exists()
+
+
+def test_a_relative_file_is_recorded_where_the_command_was_given(
+    served: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["record", "trace.jsonl"]) == 3
+    assert from_environment().record == Record(str(tmp_path / "trace.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ([], "name the file first"),
+        (["--limit", "1GiB", "trace.jsonl"], "name the file first"),
+        (["trace.jsonl", "--limit"], "--limit needs a size"),
+        (["trace.jsonl", "--limit", "1gib"], "did you mean 1GiB?"),
+        (["is there"], "exists, and a trace is always a new file"),
+        (["no folder/trace.jsonl"], "is not a folder that can be written"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_before_a_server_starts(
+    served: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    what: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "is there").write_text("")
+    assert cli.main(["record", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert error.count("\n") == 1
+    assert served == []
+    assert RECORD_VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_record_explains_itself(served: list[list[str]], capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert cli.main(["record", flag]) == 0
+    assert capsys.readouterr().out.startswith("usage: sgl-lmcache record FILE [--limit SIZE]")
+    assert served == []
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])
@@ -56,7 +133,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert left.value.code == 0
     output = capsys.readouterr().out
-    assert all(command in output for command in ("serve", "doctor", "config", "mooncake-master", "ssd"))
+    assert all(command in output for command in ("serve", "record", "doctor", "config", "mooncake-master", "ssd"))
 
 
 @pytest.mark.parametrize(
@@ -130,10 +207,10 @@ def test_each_value_says_where_it_is_from(
     values = [line.partition("#")[::2] for line in lines[1:]]
     assert [(key.strip(" -"), note.strip()) for key, note in values if note] == [
         ('namespace: "default"', "default"),
-        ("eviction: lru", "default"),
+        ("eviction: gittins", "default"),
         ("type: host", "from the file"),
         ("capacity: 1GiB", "from the file"),
-        ("eviction: lru", "as for every tier"),
+        ("eviction: gittins", "as for every tier"),
         ("type: ssd", "from the file"),
         ('path: "/kv"', "from the file"),
         ("capacity: 2TiB", "from the file"),
@@ -149,7 +226,19 @@ def test_each_value_says_where_it_is_from(
     [
         {"namespace": 'quotes " and # and: more\nin two lines ü'},
         {"tiers": [{"type": "host", "capacity": 4097, "eviction": "lru"}], "prefetch": {"timeout": 0.125}},
+        {
+            "tiers": [{"type": "host", "quotas": {"a: b": "12.5%", "c": 4097}}],
+            "pins": [{"tokens": "/x", "ttl": "90s", "salt": "a: b"}, {"tokens": "/y"}],
+        },
         {"tiers": [{"type": "host"}, {"type": "ssd", "path": "/kv: #1 ü", "capacity": 10**12 + 1}]},
+        {"tiers": [{"type": "host"}, {"type": "ssd", "path": "/kv", "capacity": "1TiB", "endurance": "500GB"}]},
+        {
+            "tiers": [
+                {"type": "host"},
+                {"type": "ssd", "path": "/kv", "capacity": "1TiB", "quotas": {"a: #b": "0.5%", "ü": "80GB", "c": 4097}},
+            ]
+        },
+        {"record": {"path": "/trace: #1 ü", "limit": 10**9 + 1}},
         {
             "tiers": [
                 {"type": "host"},
@@ -176,9 +265,21 @@ def test_what_is_printed_means_the_same_as_the_file(
     printed = parse(yaml.safe_load(capsys.readouterr().out), source="printed")
     original = load(path)
     assert (printed.namespace, printed.prefetch) == (original.namespace, original.prefetch)
+    assert printed.record == original.record
     assert [_resolved(printed, tier) for tier in printed.tiers] == [
         _resolved(original, tier) for tier in original.tiers
     ]
+
+
+def test_a_recording_that_the_environment_asks_for_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(write(tmp_path, "record: {path: /x, limit: 1MiB}")))
+    monkeypatch.setenv(RECORD_VARIABLE, "/y")
+    assert cli.main(["config"]) == 0
+    path, limit = capsys.readouterr().out.splitlines()[-2:]
+    assert path.split() == ["path:", '"/y"', "#", "from", RECORD_VARIABLE]
+    assert limit.split() == ["limit:", "256MiB", "#", "default"]
 
 
 def _resolved(config: Config, tier: HostTier | LowerTier) -> HostTier | LowerTier:

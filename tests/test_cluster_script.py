@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgl_lmcache.config import load
+from sgl_lmcache.config_file import load
 from tests.support.server import wait_for
 
 ROOT = Path(__file__).resolve().parent.parent

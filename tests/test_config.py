@@ -16,25 +16,25 @@ from hypothesis import strategies as st
 from msgspec import inspect
 
 from hicache import WRITE_POLICIES
-from radix import POLICIES
+from radix import MAX_GROUPS, POLICIES
 from sgl_lmcache.config import (
     EVICTIONS,
+    MAX_QUOTAS,
+    RECORD_LIMIT_VARIABLE,
+    RECORD_VARIABLE,
     VARIABLE,
     WRITES,
     Config,
     ConfigError,
     HostTier,
     MooncakeTier,
-    Nbytes,
-    NbytesOrNone,
-    Seconds,
+    Record,
     SsdTier,
     ValkeyTier,
-    from_environment,
-    load,
-    parse,
 )
+from sgl_lmcache.config_file import from_environment, load, parse
 from sgl_lmcache.errors import StartError
+from sgl_lmcache.quantities import Nbytes, NbytesOrNone, Seconds
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -57,6 +57,10 @@ def refusal(folder: Path, text: str) -> str:
 
 def host(**keys: Any) -> HostTier:
     return parse({"tiers": [{"type": "host", **keys}]}, source="test").host
+
+
+SSD = "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB"
+"""The beginning of a configuration."""
 
 
 def ssd(**keys: Any) -> SsdTier:
@@ -100,6 +104,40 @@ def test_every_key(tmp_path: Path) -> None:
     assert config.ssd == SsdTier("/var/lib/sgl-lmcache", Nbytes(200 * 2**30), "through", "lru")
     assert config.prefetch.policy == "best_effort"
     assert config.prefetch.timeout == 0.5
+
+
+def test_nothing_is_recorded_unless_it_is_asked_for() -> None:
+    assert Config().record is None
+    assert parse({"record": {"path": "/x"}}, source="test").record == Record("/x", Nbytes(256 << 20))
+    assert parse({"record": {"path": "/x", "limit": "1GB"}}, source="test").record == Record("/x", Nbytes(10**9))
+    assert parse({"record": None}, source="test").record is None
+
+
+def test_a_recording_that_the_environment_asks_for_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    file = {VARIABLE: str(write(tmp_path, "namespace: blue\nrecord: {path: /x, limit: 1MiB}"))}
+    assert from_environment(file).record == Record("/x", Nbytes(1 << 20))
+    assert from_environment({**file, RECORD_VARIABLE: ""}).record == Record("/x", Nbytes(1 << 20))
+    assert from_environment({**file, RECORD_LIMIT_VARIABLE: "2MiB"}).record == Record("/x", Nbytes(1 << 20))
+    assert from_environment({**file, RECORD_VARIABLE: "/y"}).record == Record("/y")
+    for limit in ("2MiB", "2097152"):
+        assert from_environment({RECORD_VARIABLE: "/y", RECORD_LIMIT_VARIABLE: limit}).record == Record(
+            "/y", Nbytes(2 << 20)
+        )
+    config = from_environment({**file, RECORD_VARIABLE: "/y", RECORD_LIMIT_VARIABLE: "2MiB"})
+    assert config == Config(namespace="blue", record=Record("/y", Nbytes(2 << 20)))
+
+
+@pytest.mark.parametrize(
+    ("variables", "what"),
+    [
+        ({RECORD_VARIABLE: "y"}, 'record.path is "y", which is not an absolute path; write one that begins with /.'),
+        ({RECORD_VARIABLE: "/y", RECORD_LIMIT_VARIABLE: "much"}, 'record.limit is "much", which cannot be read; '),
+    ],
+)
+def test_a_wrong_variable_is_named(variables: dict[str, str], what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_environment(variables)
+    assert str(caught.value).startswith(f"{RECORD_VARIABLE}: {what}")
 
 
 def test_an_ssd_tier_needs_its_path_and_its_capacity_only() -> None:
@@ -164,9 +202,29 @@ def test_a_segment_of_nothing_is_a_size() -> None:
 
 @pytest.mark.parametrize("tier", [HostTier(), SsdTier("/x", Nbytes(1))])
 def test_a_tier_without_eviction_has_the_one_for_all(tier: HostTier | SsdTier) -> None:
-    config = Config()
+    config = Config(eviction="lfu")
     assert tier.eviction is None
-    assert config.eviction_of(tier) == config.eviction
+    assert config.eviction_of(tier) == config.eviction == "lfu"
+
+
+def test_an_ssd_has_another_policy_where_that_for_all_is_for_host_memory_only() -> None:
+    ssd = SsdTier("/x", Nbytes(1 << 30))
+    config = Config(tiers=(HostTier(), ssd), eviction="gittins")
+    assert (config.eviction_of(config.host), config.eviction_of(ssd)) == ("gittins", "lru")
+
+
+@pytest.mark.parametrize(
+    ("quota", "nbytes", "text"),
+    [("40%", 4000, "40%"), ("0.5 %", 50, "0.5%"), ("2KiB", 2048, "2KiB"), (77, 77, "77B"), ("100%", 10_000, "100%")],
+)
+def test_a_quota_is_a_size_or_a_share(quota: object, nbytes: int, text: str) -> None:
+    config = parse({"tiers": [{"type": "host", "quotas": {"team": quota}}]}, source="x")
+    assert config.host.quotas["team"].of(10_000) == nbytes
+    assert str(config.host.quotas["team"]) == text
+
+
+def test_as_many_quotas_as_there_are_groups_of_pages() -> None:
+    assert MAX_QUOTAS == MAX_GROUPS - 1
 
 
 def test_the_evictions_are_those_of_the_index() -> None:
@@ -229,10 +287,10 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
     ("text", "key", "right"),
     [
         ("namespase: a", "namespase", "did you mean namespace?"),
-        ("zzz: a", "zzz", "possible: namespace, tiers, eviction, prefetch"),
+        ("zzz: a", "zzz", "possible: namespace, tiers, eviction, pins, prefetch"),
         ("1: a", "1", "possible: namespace"),
         ("tiers: [{type: host, capcity: 8GiB}]", "tiers[0].capcity", "did you mean capacity?"),
-        ("tiers: [{type: host, path: /x}]", "tiers[0].path", "possible: capacity, eviction, type"),
+        ("tiers: [{type: host, path: /x}]", "tiers[0].path", "possible: capacity, eviction, quotas, type"),
         ("prefetch: {polcy: auto}", "prefetch.polcy", "did you mean policy?"),
         ("namespace: ''", "namespace", "give it a name"),
         ("namespace: 7", "namespace", "put it in quotes"),
@@ -262,8 +320,8 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
             *("tiers[1].write", "possible: back, selective, through"),
         ),
         (
-            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, eviction: lfu}]",
-            *("tiers[1].eviction", "did you mean lru?"),
+            "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, eviction: gittins}]",
+            *("tiers[1].eviction", "possible: gdsf, lfu, lru, s3fifo"),
         ),
         (
             "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB}, {type: ssd, path: /y, capacity: 1GiB}]",
@@ -273,6 +331,18 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
             "tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB}, {type: host}]",
             *("tiers[2]", "add its capacity to tiers[0]"),
         ),
+        ("record: {path: trace.jsonl}", "record.path", "write one that begins with /"),
+        ("record: {limit: 1MiB}", "record", "such as /var/log/sgl-lmcache/trace.jsonl"),
+        ("record: {path: /x, limit: 0}", "record.limit", "not above 0"),
+        ("record: {path: /x, limits: 1MiB}", "record.limits", "did you mean limit?"),
+        ("record: /x", "record", "a mapping"),
+        ("metrics: {listen: 9401}", "metrics.listen", "text is expected"),
+        ('metrics: {listen: "9401"}', "metrics.listen", "such as 127.0.0.1:9401"),
+        ('metrics: {listen: "localhost:metrics"}', "metrics.listen", "such as 127.0.0.1:9401"),
+        ('metrics: {listen: "localhost:0"}', "metrics.listen", "such as 127.0.0.1:9401"),
+        ("metrics: {}", "metrics", "such as 127.0.0.1:9401"),
+        ("tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, endurance: much}]", "tiers[1].endurance", "read"),
+        ("tiers: [{type: host}, {type: ssd, path: /x, capacity: 1GiB, endurance: 0}]", "tiers[1].endurance", "above 0"),
         ("tiers: [{type: valkey, url: 'valkey://a'}]", "tiers[0]", "put `- {type: host}` before it"),
         ("tiers: [{type: host}, {type: valkey}]", "tiers[1]", "such as valkey://127.0.0.1:6379/0"),
         ("tiers: [{type: host}, {type: valkey, url: 'kv:6379'}]", "tiers[1].url", "valkeys:// for TLS"),
@@ -370,8 +440,22 @@ def test_a_decimal_size_is_exact_to_the_byte(whole: int, thousandths: int) -> No
         ("tiers: [{type: host, capacity: 4Gi}]", "tiers[0].capacity", "did you mean 4GiB?"),
         ("tiers: [{type: host, capacity: 4 pages}]", "tiers[0].capacity", "8GiB"),
         ("tiers: [{type: host, eviction: lru2}]", "tiers[0].eviction", "did you mean lru?"),
-        ("eviction: random", "eviction", "possible: lru"),
-        ("eviction: 3", "eviction", "possible: lru"),
+        ("eviction: random", "eviction", "possible: gdsf, gittins, lfu, lru, s3fifo"),
+        ("eviction: 3", "eviction", "possible: gdsf, gittins"),
+        ("tiers: [{type: host, quotas: {a: 101%}}]", "tiers[0].quotas[...]", "more than there is"),
+        ("tiers: [{type: host, quotas: {a: 60%, b: 41%}}]", "tiers[0].quotas", "101% together"),
+        ("tiers: [{type: host, capacity: 1GiB, quotas: {a: 1GiB, b: 1%}}]", "tiers[0].quotas", "more together"),
+        ("tiers: [{type: host, quotas: {'': 1%}}]", "tiers[0].quotas", "name a cache_salt"),
+        ("tiers: [{type: host, quotas: {a: lots}}]", "tiers[0].quotas[...]", "cannot be read"),
+        (f"tiers: [{{type: host, quotas: {{{', '.join(f't{i}: 1%' for i in range(64))}}}}}]", "tiers[0].quotas", "63"),
+        (f"{SSD}, quotas: {{a: 101%}}}}]", "tiers[1].quotas[...]", "more than there is"),
+        (f"{SSD}, quotas: {{a: 60%, b: 41%}}}}]", "tiers[1].quotas", "101% together"),
+        (f"{SSD}, quotas: {{a: 1GiB, b: 1%}}}}]", "tiers[1].quotas", "more together than the capacity, 1GiB"),
+        (f"{SSD}, quotas: {{'': 1%}}}}]", "tiers[1].quotas", "name a cache_salt"),
+        (f"{SSD}, quota: {{a: 1%}}}}]", "tiers[1].quota", "did you mean quotas?"),
+        ("tiers: [{type: host}, {type: valkey, url: 'valkey://h', quotas: {a: 1%}}]", "tiers[1].quotas", "not a known"),
+        ("pins: [{tokens: prompt.json}]", "pins[0].tokens", "absolute path"),
+        ("pins: [{ttl: 1h}]", "pins[0]", "has no tokens, which has no default"),
         ("prefetch: auto", "prefetch", "a mapping is expected"),
         ("prefetch: {policy: waitt}", "prefetch.policy", "did you mean wait?"),
         ("prefetch: {timeout: 0}", "prefetch.timeout", "500ms"),
@@ -441,6 +525,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
                         *("namespace", "tiers", "eviction", "prefetch"),
                         *("type", "capacity", "path", "write", "policy", "timeout", "url", "ttl", "x"),
                         *("master", "segment", "replicas", "lease", "eviction_ratio"),
+                        *("record", "limit"),
                     ]
                 ),
                 inner,
@@ -462,8 +547,13 @@ def keys_of(struct: inspect.Type, prefix: str = "") -> list[str]:
     assert isinstance(struct, inspect.StructType)
     keys = [f"{prefix}{struct.tag_field}"] if struct.tag_field else []
     for field in struct.fields:
-        if isinstance(field.type, inspect.StructType):
-            keys += keys_of(field.type, f"{prefix}{field.encode_name}.")
+        members = field.type.types if isinstance(field.type, inspect.UnionType) else (field.type,)
+        below = [member for member in members if isinstance(member, inspect.StructType)]
+        item = field.type.item_type if isinstance(field.type, inspect.VarTupleType) else None
+        if isinstance(item, inspect.StructType) and not item.tag_field:
+            keys += keys_of(item, f"{prefix}{field.encode_name}[].")
+        elif below:
+            keys += keys_of(below[0], f"{prefix}{field.encode_name}.")
         else:
             keys.append(prefix + field.encode_name)
     return keys

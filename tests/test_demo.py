@@ -28,8 +28,10 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import demo  # noqa: E402
 import demo_server  # noqa: E402
 import demo_text  # noqa: E402
+import programs  # noqa: E402
 from demo import Outcome, Row  # noqa: E402
-from demo_server import Client, Deadline, DemoError, Message, Reply  # noqa: E402
+from demo_server import Client, Message, Reply  # noqa: E402
+from programs import Deadline, ProgramError  # noqa: E402
 
 WAIT_S = 60.0
 
@@ -220,7 +222,7 @@ def test_a_streamed_answer_is_put_together() -> None:
 
 @pytest.mark.parametrize("lines", [[], [b'data: {"error": {"message": "out of memory"}}\n']])
 def test_an_answer_without_tokens_is_an_error(lines: list[bytes]) -> None:
-    with pytest.raises(DemoError, match=r"first token|out of memory"):
+    with pytest.raises(ProgramError, match=r"first token|out of memory"):
         demo_server.read_reply(demo_server.events(iter(lines)), time.perf_counter())
 
 
@@ -230,9 +232,9 @@ def test_an_answer_without_tokens_is_an_error(lines: list[bytes]) -> None:
 def test_a_busy_port_is_told_and_nothing_starts(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(DemoError, match=f"Port {port} is in use"):
-            demo_server.check_port(port)
-    demo_server.check_port(port)
+        with pytest.raises(ProgramError, match=f"Port {port} is in use"):
+            programs.check_port(port)
+    programs.check_port(port)
 
 
 def test_a_cluster_without_what_it_needs_says_what_to_install(
@@ -252,7 +254,7 @@ def test_documents_that_hbm_would_hold_together_are_refused() -> None:
 
 
 def test_leaving_ends_the_server_and_its_children(tmp_path: Path) -> None:
-    port = demo_server.free_port()
+    port = programs.free_port()
     with (
         suppress(RuntimeError),
         demo_server.running(healthy(port), port=port, log=tmp_path / "log", deadline=Deadline(WAIT_S)) as client,
@@ -265,13 +267,13 @@ def test_leaving_ends_the_server_and_its_children(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_the_server_and_its_children(tmp_path: Path) -> None:
-    port = demo_server.free_port()
+    port = programs.free_port()
     program = (
         "import signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "import demo, demo_server; from sgl_lmcache.serve import Launch\n"
+        "import demo, demo_server, programs; from sgl_lmcache.serve import Launch\n"
         "signal.signal(signal.SIGTERM, demo._exit_on_signal)\n"
         "launch = Launch([sys.executable, '-c', sys.argv[2], sys.argv[3]], {})\n"
-        "port, log, deadline = int(sys.argv[3]), Path(sys.argv[4]), demo_server.Deadline(60)\n"
+        "port, log, deadline = int(sys.argv[3]), Path(sys.argv[4]), programs.Deadline(60)\n"
         "with demo_server.running(launch, port=port, log=log, deadline=deadline):\n"
         "    print('ready', flush=True); signal.pause()\n"
     )
@@ -287,9 +289,9 @@ def test_a_signal_ends_the_server_and_its_children(tmp_path: Path) -> None:
 
 def test_a_server_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None:
     launch = Launch([sys.executable, "-c", "raise SystemExit('no such model')"], {})
-    port = demo_server.free_port()
+    port = programs.free_port()
     with (
-        pytest.raises(DemoError, match="no such model"),
+        pytest.raises(ProgramError, match="no such model"),
         demo_server.running(launch, port=port, log=tmp_path / "log", deadline=Deadline(WAIT_S)),
     ):
         pytest.fail("it never became ready")
@@ -297,9 +299,9 @@ def test_a_server_that_ends_at_once_is_told_with_its_log(tmp_path: Path) -> None
 
 def test_the_deadline_ends_a_wait(tmp_path: Path) -> None:
     launch = Launch([sys.executable, "-c", "import signal; signal.pause()"], {})
-    port = demo_server.free_port()
+    port = programs.free_port()
     with (
-        pytest.raises(DemoError, match="did not finish within 0 s"),
+        pytest.raises(ProgramError, match="Not finished within 0 s"),
         demo_server.running(launch, port=port, log=tmp_path / "log", deadline=Deadline(0)),
     ):
         pytest.fail("there is no time left")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sgl_lmcache import cli, config
+from sgl_lmcache import cli, config_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md")))
@@ -35,7 +35,7 @@ START_SOURCES = (
         "sgl_lmcache/mooncake_master.py",
     ),
     *("hicache/ssd/directory.py", "hicache/ssd/locks.py", "hicache/ssd/opening.py", "hicache/ssd/tier.py"),
-    *("sgl_lmcache/serve.py", "sgl_lmcache/cpu/mode.py", "transfer/slab.py"),
+    *("sgl_lmcache/serve.py", "sgl_lmcache/record_cli.py", "sgl_lmcache/cpu/mode.py", "transfer/slab.py"),
 )
 """Where a server's start can be refused. (config.py's sentences are listed in docs/configuration.md.)"""
 
@@ -46,11 +46,17 @@ PASSED_ON = [["sgl_lmcache: ", "."]]
 """What only passes another's sentence on."""
 
 WARNINGS = {"logger.warning", "logger.error", "logger.exception"}
-LOGS = ("hicache", "transfer", "sgl_lmcache/tiers.py", "sgl_lmcache/valkey.py", "sgl_lmcache/mooncake.py")
-"""Whose warnings and errors have rows too: what a tier below host memory says while the server runs."""
+LOGS = (
+    *("hicache", "transfer", "sgl_lmcache/tiers.py", "sgl_lmcache/valkey.py", "sgl_lmcache/mooncake.py"),
+    "sgl_lmcache/record.py",
+)
+"""Whose warnings and errors have rows too: what a lower tier, or a recording, says while the server runs."""
 
-FOREIGN_OPTIONS = {"--ulimit", "--cache-config"}
-"""Docker's, and the one of `sgl-lmcache serve`."""
+SERVING = {"serve": {"--cache-config", "--help"}, "record": {"--cache-config", "--help", "--limit"}}
+"""Commands that take SGLang's options, and their own."""
+
+FOREIGN_OPTIONS = {"--ulimit", "--cache-config", "--limit"}
+"""Docker's, and those of `SERVING`."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_yaml_is_a_valid_configuration(block: Block) -> None:
-    config.parse(yaml.safe_load(block.text), source=str(block))
+    config_file.parse(yaml.safe_load(block.text), source=str(block))
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
@@ -130,9 +136,7 @@ def test_our_commands_and_their_options_exist() -> None:
                 assert name == "--version", command
                 continue
             assert name in subcommands(), command
-            known = (
-                sglang_options() | {"--cache-config", "--help"} if name == "serve" else _options(subcommands()[name])
-            )
+            known = sglang_options() | SERVING[name] if name in SERVING else _options(subcommands()[name])
             assert set(_long_options(rest)) <= known, command
             below = _commands_below(subcommands()[name])
             assert not below or rest.split()[0] in below, command
@@ -148,7 +152,8 @@ def test_options_of_sglang_exist() -> None:
 
 def test_options_named_alone_exist() -> None:
     """`--page-size` and its like, outside of a command."""
-    ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*") if path.is_file())
+    sources = (path for path in (ROOT / "scripts").rglob("*") if path.is_file() and path.suffix in ("", ".py"))
+    ours = "".join(path.read_text(encoding="utf-8") for path in sources)
     for command in commands():
         for option in _long_options(command) if command.startswith("--") else ():
             known = sglang_options() | FOREIGN_OPTIONS | _options(cli._parser())
@@ -164,12 +169,16 @@ def test_scripts_and_their_options_exist() -> None:
         script = ROOT / match[1]
         assert script.is_file(), command
         called.add(match[1])
-        # A shell wrapper hands its options to the Python file beside it.
-        source = "".join(
-            path.read_text(encoding="utf-8") for path in (script, script.with_suffix(".py")) if path.exists()
-        )
+        source = "".join(path.read_text(encoding="utf-8") for path in (script, *_wrapped(script)) if path.exists())
         assert all(option in source for option in _long_options(match[2]) if option != "--help"), command
     assert {"scripts/demo", "scripts/test"} <= called
+
+
+def _wrapped(script: Path) -> Iterator[Path]:
+    """A shell wrapper hands its options to the Python file beside it, or to a package."""
+    yield script.with_suffix(".py")
+    for module in re.findall(r"python -m ([\w.]+) \"\$@\"", script.read_text(encoding="utf-8")):
+        yield ROOT / "scripts" / module.replace(".", "/") / "__main__.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

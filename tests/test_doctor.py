@@ -13,10 +13,12 @@ import pytest
 
 from hicache.ssd.locks import lock_directory
 from sgl_lmcache import SGLANG_VERSION, doctor, mooncake
-from sgl_lmcache.config import Config, ConfigError, MooncakeTier, Nbytes, SsdTier, parse
+from sgl_lmcache.config import Config, ConfigError, MooncakeTier, SsdTier
+from sgl_lmcache.config_file import parse
 from sgl_lmcache.disk import Disk, read_disk
 from sgl_lmcache.doctor import Finding, Level
 from sgl_lmcache.memory import Memory
+from sgl_lmcache.quantities import Nbytes
 from sgl_lmcache.store import Store
 from tests.support.mooncake import master
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
+from hicache import QuotaError
+from hicache.quotas import Quotas
 from sgl_lmcache import late_tier
 from sgl_lmcache.errors import StartError
 from sgl_lmcache.late_tier import LateTier
@@ -39,6 +42,53 @@ def test_it_has_nothing_until_it_is_open_and_is_the_tier_from_then_on() -> None:
     assert tier.health().available
     tier.close()
     assert opened.closed
+
+
+class Quoted(MemoryTier):
+    """Has quotas: up to 8 pages together."""
+
+    def __init__(self, **quotas: int) -> None:
+        super().__init__(np.zeros((8, 4096), np.uint8), 8)
+        self._quotas = Quotas(8)
+        self._quotas.update(quotas)
+
+    def set_quotas(self, quotas: Mapping[str, int]) -> None:
+        self._quotas.update(quotas)
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        return self._quotas.tenants
+
+
+def test_quotas_that_were_changed_hold_for_the_tier_to_come() -> None:
+    """The configuration says 4 and 4; then came 1 and 7, and, while the tier is not open, 2 for a third."""
+    may_open, opened = threading.Event(), Quoted(a=4, b=4)
+
+    def open_tier() -> Quoted:
+        assert may_open.wait(WAIT_S)
+        return opened
+
+    tier = LateTier("ssd", open_tier, Quoted(a=1, b=7))
+    tier.set_quotas({"b": 5, "c": 2})
+    wanted = {"a": 1, "b": 5, "c": 2}
+    assert tier.quotas == wanted
+    may_open.set()
+    wait_for("it is open", lambda: tier.is_open or None, WAIT_S)
+    assert tier.quotas == opened.quotas == wanted
+    with pytest.raises(QuotaError, match="9 pages"):
+        tier.set_quotas({"a": 9})
+    tier.set_quotas({"a": 0})
+    assert opened.quotas["a"] == 0
+    tier.close()
+
+
+def test_quotas_that_the_tier_to_come_cannot_keep_are_told_and_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    opened = Quoted(a=4)
+    tier = LateTier("ssd", lambda: opened, Quoted(b=8))
+    wait_for("it is open", lambda: tier.is_open or None, WAIT_S)
+    assert opened.quotas == {"a": 4}
+    assert "the ssd tier has the quotas of the configuration: a quota of 8 pages is more than the 4" in caplog.text
+    tier.close()
 
 
 def test_what_cannot_be_opened_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from sgl_lmcache import config
+from sgl_lmcache import config, config_file
 from sgl_lmcache.mooncake_master import METRICS_PORT
 from tests.test_docs import sglang_options
 
@@ -101,7 +101,7 @@ def container_of(manifests: list[Manifest], kind: str, name: str) -> Manifest:
 
 def settings(manifests: list[Manifest]) -> config.Config:
     (text,) = one(manifests, "ConfigMap", "sgl-lmcache")["data"].values()
-    return config.parse(yaml.safe_load(text), source="ConfigMap")
+    return config_file.parse(yaml.safe_load(text), source="ConfigMap")
 
 
 def port_of(container: Manifest, name: str) -> int:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sgl_lmcache.config import Config, ConfigError, parse
+from sgl_lmcache.config import Config, ConfigError
+from sgl_lmcache.config_file import parse
 from sgl_lmcache.errors import StartError
 from sgl_lmcache.memory import DEFAULT_LIMIT_NBYTES, Memory, host_capacity, read_memory
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from hicache.mooncake import Pool
-from sgl_lmcache.config import Config, MooncakeTier, NbytesOrNone, Seconds, parse
+from sgl_lmcache.config import Config, MooncakeTier
+from sgl_lmcache.config_file import parse
 from sgl_lmcache.errors import StartError
 from sgl_lmcache.mooncake import explain_unusable, pool_of, why_unusable
+from sgl_lmcache.quantities import NbytesOrNone, Seconds
 
 
 def tier_of(**keys: object) -> MooncakeTier:

@@ -18,7 +18,8 @@ from urllib.request import urlopen
 import pytest
 
 from sgl_lmcache import cli, mooncake_master
-from sgl_lmcache.config import VARIABLE, MooncakeTier, parse
+from sgl_lmcache.config import VARIABLE, MooncakeTier
+from sgl_lmcache.config_file import parse
 from sgl_lmcache.errors import StartError
 from tests.support.processes import ProcessGroup, free_port, wait_for
 

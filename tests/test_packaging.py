@@ -22,6 +22,8 @@ EXTRAS = {
     "valkey": "valkey[libvalkey]",
     "mooncake": "mooncake-transfer-engine",
     "mooncake-cpu": "mooncake-transfer-engine-non-cuda",
+    "simulate": "matplotlib",
+    "trace": "opentelemetry-sdk",
     "test": "pytest",
 }
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from hicache.valkey import Endpoint, Tls
-from sgl_lmcache.config import Seconds, ValkeyTier, without_password
+from sgl_lmcache.config import ValkeyTier, without_password
 from sgl_lmcache.errors import StartError
+from sgl_lmcache.quantities import Seconds
 from sgl_lmcache.store import read_store
 from sgl_lmcache.valkey import endpoint_of, warn_of_plain_text
 from tests.support.processes import free_port

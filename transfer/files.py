@@ -70,6 +70,14 @@ class System:
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)
 
+    def has_data(self, fd: int) -> bool:
+        """Whether anything of a file was ever written; true also where the file system cannot tell. Never raises."""
+        try:
+            os.lseek(fd, 0, os.SEEK_DATA)
+        except OSError as error:
+            return error.errno != errno.ENXIO
+        return True
+
     def fstat(self, fd: int) -> os.stat_result:
         return os.fstat(fd)
 
@@ -143,6 +151,14 @@ class SegmentFiles:
             self._system.unlink(path)
             raise
         self._fds.append(fd)
+
+    @property
+    def is_last_written(self) -> bool:
+        """Whether the newest segment, none of whose slots has been used yet, was written by its allocation.
+
+        So it is where the file system cannot allocate otherwise.
+        """
+        return self._system.has_data(self._fds[-1])
 
     def drop(self, n_kept: int) -> None:
         """Remove all segments but the first `n_kept`, the highest first."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from abc import abstractmethod
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from hicache.breaker import Breaker
 from hicache.calls import ABSENT, CORRUPT, FAILED, FULL, GOOD, NEW, OTHER_VERSION, Call
+from hicache.logs import CHANGE, get_logger
 from hicache.mooncake import messages
 from hicache.mooncake.counters import Counters
 from hicache.mooncake.messages import MAX_KEYS, Geometry, Pool, Reply
@@ -23,7 +23,7 @@ from hicache.tier import Batch, TierError
 from hicache.workers import Work, Workers
 from radix import KEY_NBYTES
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class PoolError(OSError):
@@ -86,7 +86,9 @@ class Shared:
             is_news = breaker not in self.told
             self.told.add(breaker)
         if is_news:
-            logger.warning("sgl_lmcache: %s %s; going on without it, and trying again now and then", self.pool, what)
+            logger.warning(
+                "sgl_lmcache: %s %s; going on without it, and trying again now and then", self.pool, what, extra=CHANGE
+            )
 
     def served(self, breaker: Breaker) -> None:
         if breaker.is_open:
@@ -95,7 +97,7 @@ class Shared:
             is_news = breaker in self.told
             self.told.discard(breaker)
         if is_news:
-            logger.warning("sgl_lmcache: %s is used again", self.pool)
+            logger.warning("sgl_lmcache: %s is used again", self.pool, extra=CHANGE)
 
 
 class PoolCall(Call):

@@ -7,7 +7,6 @@ If the call was answered, Mooncake has ended all its transfers; if not, the proc
 from __future__ import annotations
 
 import fcntl
-import logging
 import math
 import os
 import socket
@@ -21,9 +20,10 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from hicache.logs import get_logger
 from hicache.mooncake.messages import MAX_NBYTES, Call, Geometry, Pool, Ready, Reply, Start
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 T = TypeVar("T")
 

@@ -11,7 +11,6 @@ tries again from time to time.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -20,13 +19,14 @@ from functools import partial
 from typing import Final
 
 from hicache.breaker import Breaker
+from hicache.logs import get_logger
 from hicache.mooncake.calls import Delete, Exists, Load, PoolCall, Shared, Store, Trial
 from hicache.mooncake.messages import Geometry, Pool
 from hicache.mooncake.process import ClientProcess, piece_pages
 from hicache.tier import Batch, Capacity, Health, Tier, answered, pending
 from hicache.workers import Workers
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 N_CONNECTIONS: Final = 4
 """To the client process, each with a thread, half of which store at most: one call moves pages, and another is

@@ -5,6 +5,7 @@ Read in this order:
     tier        what the engine calls
     pages       the books in memory: every slot is free, incoming, resident or dying
     loads, stores, workers      bytes on their way, and the threads that move them
+    owners, room    which tenant's pages they are; what leaves so that others can come, by quotas
     map, keeper, fill           which page is in which slot, in SQLite; the thread that writes it; reading it at a start
     directory, locks, sizes, opening    names, who may use what, the cap
     volume, breaker             an open store, and what to do when its disk fails

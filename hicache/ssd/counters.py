@@ -17,6 +17,8 @@ class Counters:
     """Asked to be stored that were there already, or being written."""
     evicted: int = 0
     """Left to make room."""
+    evicted_quota: int = 0
+    """Left because a quota was theirs, or took its own back."""
     deleted: int = 0
     """Left because the engine said so."""
     corrupt: int = 0
@@ -25,6 +27,10 @@ class Counters:
     """Not stored because more bytes waited to be written than the queue takes."""
     skipped_full: int = 0
     """Not stored because nothing could leave to make room."""
+    skipped_quota: int = 0
+    """Not stored because the quota of their tenant is full of pages that may not leave, or too small."""
+    skipped_endurance: int = 0
+    """Not stored because the endurance budget did not allow it."""
     orphans: int = 0
     """Not stored because the page above them was not there."""
     read_errors: int = 0

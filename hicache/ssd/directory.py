@@ -10,7 +10,6 @@ longest unused first, a whole store at a time. Nothing whose name is not ours is
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -19,11 +18,12 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Final
 
+from hicache.logs import get_logger
 from hicache.ssd.locks import StoreError, lock_store
 from hicache.ssd.sizes import MIN_SLOTS, limit_for, slots_within
 from transfer.files import segment_of
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FORMAT: Final = 1
 """Of the map and the data files: one more whenever an old store could be misread."""

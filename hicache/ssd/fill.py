@@ -4,6 +4,7 @@
     insert    parents first, again some hundred at a time, each slice shortly under the lock
     free      what no row names
     order     from the least recently used page to the most, the pages used meanwhile last
+    quotas    what is above a quota leaves, since quotas may be smaller than they were
 
 Until the end no page is stored, so no slot is given away; what is asked for and not known yet is looked up in the map
 by its key. Rows that make no sense are deleted. Where the map is damaged, each row is tried by itself, and at the end
@@ -12,20 +13,24 @@ the map is made anew from what could be read.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import numpy as np
 
+from hicache.logs import get_logger
 from hicache.ssd.map import NO_ROWS, Int64Array, NewMap, PageRows, joined
+from hicache.ssd.room import keep_quotas
 from hicache.ssd.volume import Volume
 from hicache.tier import ROOT_KEY
 from radix import KEY_NBYTES
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SLICE = 256
 """Pages a step: well under a millisecond of Python, and of the lock."""
+
+OWNED_SLICE = 64
+"""First pages of tenants with a quota, of which each takes its own call of the index."""
 
 FREE_SLICE = 1 << 14
 FIRST_LOOK = 16
@@ -46,6 +51,7 @@ class Fill:
         self._depths = np.full(self._n_live, -1, np.int64)
         self._checksums = np.zeros(self._n_live, np.uint64)
         self._last_uses = np.zeros(self._n_live, np.int64)
+        self._tenants = np.zeros((self._n_live, 2), np.uint64)
         n_beyond, clock = volume.map.delete_beyond(self._n_live), volume.map.note("clock")
         with volume.lock:
             volume.counters.map_rejected += n_beyond
@@ -60,6 +66,7 @@ class Fill:
         yield from self._insert()
         yield from self._free()
         yield from self._order()
+        yield from keep_quotas(self._volume, SLICE)
         yield from self._give_memory_back()
         if volume.map.is_damaged:
             yield from rebuild_map(volume)
@@ -71,7 +78,7 @@ class Fill:
 
     def _touch_memory(self) -> Iterator[None]:
         """A first touch takes the system milliseconds, and an assignment of a slice keeps the interpreter's lock."""
-        for column in (self._keys, self._parents, self._checksums, self._last_uses):
+        for column in (self._keys, self._parents, self._checksums, self._last_uses, self._tenants):
             column.fill(0)
             yield
 
@@ -84,14 +91,21 @@ class Fill:
             self._depths[at] = rows.depths
             self._checksums[at] = rows.checksums
             self._last_uses[at] = rows.last_uses
+            self._tenants[at] = rows.tenant_words()
             self._reject(unsound)
             yield
 
     def _insert(self) -> Iterator[None]:
         named = np.flatnonzero(self._depths >= 0)
         order = named[np.argsort(self._depths[named], kind="stable")]
-        for first in range(0, len(order), SLICE):
-            rows = self._rows(order[first : first + SLICE])
+        is_owned = self._tenants[order].any(axis=1) & ~self._parents[order].any(axis=1)
+        yield from self._adopt(order[is_owned], OWNED_SLICE)
+        yield from self._adopt(order[~is_owned], SLICE)
+
+    def _adopt(self, slots: Int64Array, n_pages: int) -> Iterator[None]:
+        """So many pages at a time."""
+        for first in range(0, len(slots), n_pages):
+            rows = self._rows(slots[first : first + n_pages])
             with self._volume.lock:
                 wrong = self._volume.pages.adopt(rows)
                 self._volume.counters.filled += len(rows) - len(wrong)
@@ -123,7 +137,8 @@ class Fill:
 
     def _give_memory_back(self) -> Iterator[None]:
         """A column a step, since the system takes it back while the interpreter's lock is held."""
-        for column in (self._keys, self._parents, self._depths, self._checksums, self._last_uses):
+        columns = (self._keys, self._parents, self._depths, self._checksums, self._last_uses, self._tenants)
+        for column in columns:
             column.resize(0, refcheck=False)
             yield
 
@@ -137,6 +152,7 @@ class Fill:
             self._depths[slots],
             self._checksums[slots],
             self._last_uses[slots],
+            self._tenants[slots].tobytes(),
         )
 
     def _reject(self, slots: Int64Array) -> None:
@@ -169,8 +185,10 @@ def rebuild_map(volume: Volume) -> Iterator[None]:
         volume.replace_map(new.replace(volume.map, identity))
     finally:
         new.close()
+    nbytes = volume.map.nbytes
     with volume.lock:
         volume.counters.map_salvaged += 1
+        volume.pay(nbytes)
     logger.warning("sgl_lmcache: the map of %s was damaged: it is made anew from what could be read", folder)
 
 

@@ -8,7 +8,6 @@ while the disk is given up, a trial of it from time to time.
 from __future__ import annotations
 
 import errno
-import logging
 import math
 import sqlite3
 import threading
@@ -22,16 +21,18 @@ from typing import Final
 
 import numpy as np
 
+from hicache.logs import CHANGE, get_logger
 from hicache.ssd.fill import FREE_SLICE, SLICE, Fill, rebuild_map
 from hicache.ssd.locks import StoreError
 from hicache.ssd.map import NO_SLOTS, TRANSACTION_ROWS, is_damage
 from hicache.ssd.opening import grow, open_store
 from hicache.ssd.pages import Changes
+from hicache.ssd.room import keep_quotas
 from hicache.ssd.stores import Stores
 from hicache.ssd.volume import Opened, Spec, Volume
 from hicache.tier import TierError
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ROUND_S: Final = 0.2
 """Commits are at most so far apart, so a crash loses at most what was stored in this time."""
@@ -55,7 +56,7 @@ Job = tuple[Callable[[], None], "Future[int]"]
 class Keeper:
     """Serves one volume until it is stopped. wanted: set by whoever has something to do for it.
 
-    Other threads may call `call`, `busy_s` and `stop`, and read `n_crashes`.
+    Other threads may call `call`, `wake`, `busy_s` and `stop`, and read `n_crashes`.
     """
 
     def __init__(self, volume: Volume, stores: Stores, wanted: threading.Event) -> None:
@@ -80,6 +81,10 @@ class Keeper:
     def call(self, work: Callable[[], None], future: Future[int], *, after_fill: bool = False) -> None:
         """Do this soon. It settles the future; if it raises what disks raise, that is done here, with TierError."""
         (self._late_jobs if after_fill else self._jobs).append((work, future))
+        self._wanted.set()
+
+    def wake(self) -> None:
+        """There is something to do."""
         self._wanted.set()
 
     def busy_s(self) -> float:
@@ -180,11 +185,17 @@ class Keeper:
         while not volume.writes.is_open:
             if volume.wants_growth or self._growth is not None:
                 self._grow()
+            self._keep_quotas()
             self._commit_all()
             self._stores.resume()
             wants_growth = volume.wants_growth and self._growth is None
             if not (wants_growth or (self._stores.n_waiting and volume.pages.n_dying)):
                 break
+
+    def _keep_quotas(self) -> None:
+        """A quota that has become smaller holds from the next commit on."""
+        for _ in keep_quotas(self._volume, SLICE):
+            pass
 
     def flush(self) -> int:
         """Commit all that is resident now. A job, for after the fill."""
@@ -203,7 +214,8 @@ class Keeper:
         """One transaction, with last uses only if `touched`. Returns whether there may be more to commit."""
         volume = self._volume
         with volume.lock:
-            changes = volume.pages.changes(TRANSACTION_ROWS, touched=touched)
+            changes = volume.pages.changes(TRANSACTION_ROWS, touched=touched and volume.allows_touches)
+            volume.pay_touches(changes.touched[0])
         if not len(changes):
             return False
         try:
@@ -302,6 +314,9 @@ class Keeper:
         else:
             self._told_no_room = False
             volume.grow_again_at_s = 0.0
+            if volume.files.is_last_written:
+                with volume.lock:
+                    volume.pay(volume.geometry.segment_nbytes)
             for end in range(volume.pages.n_live, volume.files.n_slots, FREE_SLICE):
                 with volume.lock:
                     volume.pages.add_slots(min(end + FREE_SLICE, volume.files.n_slots))
@@ -320,6 +335,8 @@ class Keeper:
         if self._volume.clock() - self._watched_at_s < WATCH_S:
             return
         self._watched_at_s = self._volume.clock()
+        if self._volume.endurance is not None:
+            self._volume.endurance.tell(str(self._volume.spec.path), self._volume.counters.skipped_endurance)
         if not (self._volume.files.is_direct or self._told_buffered):
             self._told_buffered = True
             path = self._volume.spec.path
@@ -350,7 +367,7 @@ class Keeper:
             return
         for breaker in due:
             breaker.close()
-        logger.warning("sgl_lmcache: the store %s is back", volume.spec.folder.path)
+        logger.warning("sgl_lmcache: the store %s is back", volume.spec.folder.path, extra=CHANGE)
 
     def _put_right(self) -> None:
         """Replace what is gone or broken: the whole store by an empty one, the map by a new one."""

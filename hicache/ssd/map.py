@@ -25,6 +25,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from hicache.quotas import DIGEST_NBYTES, NOBODY
 from hicache.ssd.directory import FORMAT
 from radix import KEY_NBYTES
 
@@ -37,15 +38,27 @@ _LOG_NBYTES: Final = 4 << 20
 _SMALL_NBYTES: Final = 1 << 20
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS pages(slot INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, parent BLOB NOT NULL,
-    depth INTEGER NOT NULL, checksum INTEGER NOT NULL, last_use INTEGER NOT NULL);
+    depth INTEGER NOT NULL, checksum INTEGER NOT NULL, last_use INTEGER NOT NULL, tenant BLOB);
 CREATE TABLE IF NOT EXISTS meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 """
-_COLUMNS: Final = "slot, key, parent, depth, checksum, last_use"
+_COLUMNS: Final = "slot, key, parent, depth, checksum, last_use, tenant"
+"""`tenant` is of first pages whose path belongs to a tenant with a quota, and null for others. Maps that were made
+before there were quotas lack it, and get it when they are opened; versions of that time can use a map that has it."""
+
 _PACKED: Final = np.dtype(
-    [("key", "V32"), ("parent", "V32"), ("depth", ">i8"), ("checksum", ">i8"), ("last_use", ">i8"), ("slot", ">i8")]
+    [
+        ("key", "V32"),
+        ("parent", "V32"),
+        ("tenant", "V16"),
+        ("depth", ">i8"),
+        ("checksum", ">i8"),
+        ("last_use", ">i8"),
+        ("slot", ">i8"),
+    ]
 )
 _IS_SOUND: Final = f"""typeof(key) = 'blob' AND length(key) = {KEY_NBYTES}
     AND typeof(parent) = 'blob' AND length(parent) = {KEY_NBYTES}
+    AND (tenant IS NULL OR typeof(tenant) = 'blob' AND length(tenant) = {DIGEST_NBYTES})
     AND typeof(depth) = 'integer' AND depth BETWEEN 0 AND {2**31 - 1}
     AND typeof(checksum) = 'integer'
     AND typeof(last_use) = 'integer' AND last_use >= 0"""
@@ -55,7 +68,8 @@ _UNSOUND: Final = "f" * 2 * (_PACKED.itemsize - 8)
 """Stands for the values of a row that is not sound: its depth is -1."""
 
 _PACK: Final = f"""group_concat(CASE WHEN {_IS_SOUND}
-    THEN hex(key) || hex(parent) || printf('%016x%016x%016x', depth, checksum, last_use)
+    THEN hex(key) || hex(parent) || hex(ifnull(tenant, x'{NOBODY.hex()}'))
+        || printf('%016x%016x%016x', depth, checksum, last_use)
     ELSE '{_UNSOUND}' END || printf('%016x', slot), '')"""
 """All rows as one value, `_PACKED` in hex. Fetched one by one, rows stall the other threads: Python's sqlite3 gives the
 interpreter's lock up for every row and takes it back at once, so a thread that waits for it is woken each time in vain,
@@ -96,7 +110,10 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageRows:
-    """Rows of the map, one array a column: int64[n]; keys and parents as blobs of 32 bytes a page."""
+    """Rows of the map, one array a column: int64[n]; keys and parents as blobs of 32 bytes a page.
+
+    tenants: 16 bytes a page, digests of names (`quotas.digest_of`), and zeros where none is known.
+    """
 
     slots: Int64Array
     keys: bytes
@@ -104,9 +121,14 @@ class PageRows:
     depths: Int64Array
     checksums: NDArray[np.uint64]
     last_uses: Int64Array
+    tenants: bytes
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def tenant_words(self) -> NDArray[np.uint64]:
+        """uint64[n, 2], a view."""
+        return np.frombuffer(self.tenants, np.uint64).reshape(-1, 2)
 
     def take(self, order: Int64Array) -> PageRows:
         """These of the rows, in this order."""
@@ -119,11 +141,12 @@ class PageRows:
             self.depths[order],
             self.checksums[order],
             self.last_uses[order],
+            self.tenant_words()[order].tobytes(),
         )
 
 
 NO_SLOTS: Final = np.empty(0, np.int64)
-NO_ROWS: Final = PageRows(NO_SLOTS, b"", b"", NO_SLOTS, NO_SLOTS.view(np.uint64), NO_SLOTS)
+NO_ROWS: Final = PageRows(NO_SLOTS, b"", b"", NO_SLOTS, NO_SLOTS.view(np.uint64), NO_SLOTS, b"")
 
 
 def joined(parts: Sequence[PageRows]) -> PageRows:
@@ -137,6 +160,7 @@ def joined(parts: Sequence[PageRows]) -> PageRows:
         np.concatenate([part.depths for part in parts]),
         np.concatenate([part.checksums for part in parts]),
         np.concatenate([part.last_uses for part in parts]),
+        b"".join(part.tenants for part in parts),
     )
 
 
@@ -166,6 +190,8 @@ class Map:
             ):
                 self._db.execute(f"PRAGMA {pragma}").close()
             self._db.executescript(_SCHEMA)
+            if b"tenant" not in [column[1] for column in self._db.execute("PRAGMA table_info(pages)")]:
+                self._db.execute("ALTER TABLE pages ADD COLUMN tenant BLOB")
             self._check(identity)
             self._inode = os.stat(self.path)
         except BaseException:
@@ -307,6 +333,11 @@ class Map:
 
     # ---- the file ----
 
+    @property
+    def nbytes(self) -> int:
+        """How long it is, without its log. Raises OSError."""
+        return os.stat(self.path).st_size
+
     def is_in_place(self) -> bool:
         """Whether the map's path still leads to the file that is open; of one that is closed nothing is expected."""
         if not self.is_open:
@@ -406,9 +437,10 @@ def _insert(db: sqlite3.Connection, rows: PageRows) -> None:
         rows.depths.tolist(),
         rows.checksums.view(np.int64).tolist(),
         rows.last_uses.tolist(),
+        (None if tenant == NOBODY else tenant for tenant in _split(rows.tenants, DIGEST_NBYTES)),
         strict=True,
     )
-    db.executemany(f"INSERT OR REPLACE INTO pages({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)", columns)
+    db.executemany(f"INSERT OR REPLACE INTO pages({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", columns)
 
 
 def _note(db: sqlite3.Connection, notes: Mapping[str, str | int]) -> None:
@@ -421,8 +453,8 @@ def is_damage(error: sqlite3.Error) -> bool:
     return code != sqlite3.SQLITE_OK and code not in _DISK
 
 
-def _split(keys: bytes) -> list[bytes]:
-    return [keys[at : at + KEY_NBYTES] for at in range(0, len(keys), KEY_NBYTES)]
+def _split(blob: bytes, nbytes: int = KEY_NBYTES) -> list[bytes]:
+    return [blob[at : at + nbytes] for at in range(0, len(blob), nbytes)]
 
 
 def _unpacked(packed: bytes) -> tuple[PageRows, Int64Array]:
@@ -437,5 +469,6 @@ def _unpacked(packed: bytes) -> tuple[PageRows, Int64Array]:
         rows["depth"].astype(np.int64),
         rows["checksum"].astype(np.int64).view(np.uint64),
         rows["last_use"].astype(np.int64),
+        rows["tenant"].tobytes(),
     )
     return columns, unsound["slot"].astype(np.int64)

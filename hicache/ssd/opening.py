@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import sqlite3
 from pathlib import Path
 
+from hicache.logs import get_logger
 from hicache.ssd.directory import (
     allowed_nbytes,
     check_directory,
@@ -20,13 +20,14 @@ from hicache.ssd.directory import (
     stores_in,
     used_nbytes,
 )
+from hicache.ssd.endurance import smallest_limit
 from hicache.ssd.locks import N_TRIES, Lock, StoreError, attempts, growing, lock_directory, lock_store
 from hicache.ssd.map import ForeignMap, Map, delete_map, is_damage
 from hicache.ssd.sizes import MAP_SLOT_NBYTES, Geometry, max_segments_for, segment_slots_for, slots_within
 from hicache.ssd.volume import Opened, Spec
 from transfer.files import SegmentFiles
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def open_store(spec: Spec) -> Opened:
@@ -36,6 +37,7 @@ def open_store(spec: Spec) -> Opened:
     Blocks.
     """
     check_limit(spec.path, spec.limit_nbytes, spec.n_members, spec.identity.slot_nbytes)
+    _check_endurance(spec)
     _check_file_system(spec)
     check_directory(spec.path, spec.limit_nbytes)
     with contextlib.ExitStack() as undo:
@@ -49,6 +51,16 @@ def open_store(spec: Spec) -> Opened:
         shrink(spec, geometry)
         undo.pop_all()
     return Opened(geometry, (directory_lock, store_lock), files, store_map)
+
+
+def _check_endurance(spec: Spec) -> None:
+    least = smallest_limit(spec.identity.slot_nbytes)
+    if spec.endurance_nbytes is not None and spec.endurance_nbytes < least:
+        raise StoreError(
+            f"an endurance of {spec.endurance_nbytes:,} bytes a day and rank would never allow a page of "
+            f"{spec.identity.slot_nbytes:,} bytes to be written to {spec.path}: give at least {least:,} for each of "
+            f"{spec.n_members} ranks"
+        )
 
 
 def _check_file_system(spec: Spec) -> None:

@@ -19,15 +19,20 @@ All of this is numpy and dictionary work of microseconds, and none of it blocks.
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hicache.quotas import NOBODY, OTHERS, Quotas
 from hicache.ssd.map import NO_SLOTS, Int64Array, PageRows
+from hicache.ssd.owners import Owners
 from hicache.tier import ROOT_KEY
-from radix import HOST, KEY_NBYTES, ROOT, Index, IndexFull, Rows, State
+from radix import HOST, KEY_NBYTES, MAX_GROUPS, ROOT, Index, IndexFull, Rows, State
+from radix.departures import CAPACITY, CLEARED, DAMAGED, QUOTA, Departures
 from transfer.slots import SlotAllocator
 
 Slots = NDArray[np.int32]
@@ -98,16 +103,29 @@ class _Marks:
 class Pages:
     """n_slots: as many as may ever exist; none does before `begin_fill` or `add_slots`. eviction: a policy of `radix`.
 
+    quotas: tell which tenant is which group; the volume's, and changed by it.
     n_expected: of so many the memory is supplied by the constructor, so that no fill pays for it under the lock.
+    time_s: monotonic seconds, for what is remembered of pages that have left.
     """
 
-    def __init__(self, n_slots: int, eviction: str, n_expected: int = 0) -> None:
+    def __init__(
+        self,
+        n_slots: int,
+        eviction: str,
+        quotas: Quotas,
+        n_expected: int = 0,
+        time_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.n_slots = n_slots
         self.n_live = 0
         self.n_dying = 0
         self.n_bad = 0
         self.clock = 1
-        self.index = Index(min(2 * n_slots + 4096, 2**30 - 1), n_tiers=2, policies={HOST: eviction})
+        capacity = min(2 * n_slots + 4096, 2**30 - 1)
+        self.index = Index(capacity, n_tiers=2, policies={HOST: eviction}, n_groups=MAX_GROUPS)
+        self._owners = Owners(self.index, quotas, n_slots)
+        self._time_s = time_s
+        self.departures = Departures(n_slots)
         self._free = SlotAllocator(n_slots)
         self._free.take(n_slots)
         self._row = np.full(n_slots, -1, np.int32)
@@ -136,6 +154,10 @@ class Pages:
     def n_resident(self) -> int:
         return self.index.count(HOST, State.RESIDENT)
 
+    def n_held(self, group: int) -> int:
+        """How many pages of a group are resident or incoming."""
+        return self.index.held(HOST, group)
+
     @property
     def is_quiet(self) -> bool:
         """Whether nothing is being read or written."""
@@ -152,6 +174,7 @@ class Pages:
         rows = self.index.match(keys)
         rows = rows[: self.index.resident_prefix(rows, HOST)]
         self._use(rows)
+        self.index.used(rows)
         self.index.lease(rows)
         slots = self.index.slots(rows)
         self._n_readers[slots] += 1
@@ -167,7 +190,7 @@ class Pages:
         if damaged.any():
             rows, slots = read.rows[damaged], read.slots[damaged]
             still = (self.index.states(rows, HOST) == State.RESIDENT) & (self.index.slots(rows) == slots)
-            n_left = self._leave(rows[still])
+            n_left = self._leave(rows[still], DAMAGED)
         self.index.release(read.rows)
         return n_left
 
@@ -175,7 +198,9 @@ class Pages:
         """This page and all above it become the last to go: as much work as the path is long."""
         rows = self.index.match(key)
         if len(rows):
-            self._use(self.index.path(int(rows[0])))
+            path = self.index.path(int(rows[0]))
+            self._use(path)
+            self.index.used(path)
 
     def _use(self, rows: Rows) -> None:
         """These pages of one path are in use. Those above them stay too: no page goes before the pages below it."""
@@ -192,16 +217,24 @@ class Pages:
         self.clock += 1
         self.index.tick()
 
+    def let_pass(self) -> None:
+        """What was used last may leave too."""
+        self._tick()
+
     # ---- writing ----
 
-    def hold(self, keys: bytes, parent: bytes) -> Rows | None:
+    def hold(self, keys: bytes, parent: bytes, tenant: bytes = NOBODY) -> Rows | None:
         """Lease a row for each page of a run, in use now; None if its parent is not here, or if there are no rows left.
 
         The parent, which may be incoming, is in use too, so that it does not make room for the run. `let_go` the rows
         when they have been stored, or not.
+
+        tenant: the digest of the tenant whose path it is (`owners`).
         """
         above = ROOT
-        if parent != ROOT_KEY:
+        if parent == ROOT_KEY:
+            self._owners.expect(keys[:KEY_NBYTES], tenant)
+        else:
             found = self.index.match(parent)
             if not len(found) or self.index.states(found, HOST)[0] == State.ABSENT:
                 return None
@@ -214,6 +247,16 @@ class Pages:
         self._use(rows if above == ROOT else np.concatenate([np.array([above], np.int32), rows]))
         return rows
 
+    def group_of(self, rows: Rows) -> int:
+        """Of the pages of one path."""
+        return int(self.index.groups(rows[:1])[0]) if len(rows) else OTHERS
+
+    def learn_owner(self, rows: Rows, tenant: bytes) -> Slots:
+        """These pages are on a path of this tenant. Returns the slot whose row the map has to be told again, if any."""
+        slots = self._owners.learn(rows, tenant)
+        self._unsaved.mark(slots)
+        return slots
+
     def let_go(self, rows: Rows) -> None:
         if len(rows):
             self.index.release(rows)
@@ -221,19 +264,24 @@ class Pages:
     def states(self, rows: Rows) -> NDArray[np.uint8]:
         return self.index.states(rows, HOST)
 
-    def evict(self, n: int) -> int:
-        """Let up to n pages leave, by the policy: never what is leased, nor what was used last. Returns how many."""
-        evicted = self.index.evict(n, HOST)
+    def evict(self, n: int, group: int = OTHERS, *, for_quota: bool = False) -> int:
+        """Let up to n pages of a group leave, by the policy: never what is leased, nor what was used last.
+
+        for_quota: as in `quotas.Books`. Returns how many have left.
+        """
+        evicted = self.index.evict(n, HOST, group=group)
+        self.departures.left(evicted.keys, HOST, QUOTA if for_quota else CAPACITY, self._time_s())
         self._forget(evicted.slots)
         return len(evicted.slots)
 
-    def begin_write(self, rows: Rows) -> Slots:
+    def begin_write(self, rows: Rows, tenant: bytes = NOBODY) -> Slots:
         """Give slots to these absent pages, no more than are free; ascending, so that neighbours go in one write."""
         taken = self._free.take(len(rows))
         assert taken is not None, f"{len(rows)} slots were asked for, {self.n_free} are free"
         slots = np.sort(taken)
         self.index.begin(rows, HOST, slots)
         self._row[slots] = rows
+        self._owners.put(rows, slots, tenant)
         return slots
 
     def end_write(self, rows: Rows, checksums: NDArray[np.uint64]) -> int:
@@ -265,7 +313,7 @@ class Pages:
         self._refused[slots] = True
         rows = self._row[slots]
         rows = rows[rows >= 0]
-        self._leave(rows[self.states(rows) == State.RESIDENT])
+        self._leave(rows[self.states(rows) == State.RESIDENT], DAMAGED)
 
     def delete(self, keys: bytes) -> int:
         """Let these pages leave, in any order. Returns how many were resident. One being written will not be kept."""
@@ -284,9 +332,11 @@ class Pages:
     def _leave_or_condemn(self, rows: Rows) -> int:
         states = self.index.states(rows, HOST)
         self._condemned[self.index.slots(rows[states == State.INCOMING])] = True
-        return self._leave(rows[states == State.RESIDENT])
+        return self._leave(rows[states == State.RESIDENT], CLEARED)
 
-    def _leave(self, rows: Rows) -> int:
+    def _leave(self, rows: Rows, reason: int) -> int:
+        if len(rows):
+            self.departures.left(self.index.keys_of(rows), HOST, reason, self._time_s())
         self._forget(self.index.drop(rows, HOST))
         return len(rows)
 
@@ -361,6 +411,7 @@ class Pages:
             self.index.depths(rows).astype(np.int64),
             self._checksum[slots],
             self._last_use[slots],
+            self._owners.of(slots, above),
         )
 
     # ---- slots come into being ----
@@ -389,6 +440,7 @@ class Pages:
         assert self._left is not None, "nothing is being filled"
         slots = found.slots
         fresh = ~self._left[slots] & (self._row[slots] < 0)
+        self._owners.insert_first_pages(found)
         rows = self.index.insert_pages(found.keys, found.parents)
         absent = self.index.states(np.maximum(rows, 0), HOST) == State.ABSENT
         first = np.zeros(len(rows), np.bool_)
@@ -400,6 +452,7 @@ class Pages:
         self._row[at] = admitted
         self._checksum[at] = found.checksums[good]
         self._last_use[at] = found.last_uses[good]
+        self._owners.adopt(found, good)
         self.index.forget(rows[~good & (rows >= 0)])
         wrong: Int64Array = slots[fresh & ~good]
         return wrong

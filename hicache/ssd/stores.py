@@ -1,9 +1,10 @@
 """Stores: slab slots to file slots, and the queue of those that wait for a thread or for room.
 
-Whoever asks only joins the queue; an I/O thread looks into the books and starts what it can. A batch starts if free
-slots are there for all of its new pages. Otherwise pages leave, or a segment is added, and the batch waits until the
-keeper has written that down, with all later ones behind it, so that parents go before their children. What waits or is
-being written is bounded in bytes; beyond it a store takes less, and answers so.
+Whoever asks only joins the queue; an I/O thread looks into the books and starts what it can. Of a batch, as much is
+stored as the endurance budget allows now. It starts if free slots are there for all of these pages. Otherwise pages
+leave, or a segment is added, and the batch waits until the keeper has written that down, with all later ones behind it,
+so that parents go before their children. What waits or is being written is bounded in bytes; beyond it a store takes
+less, and answers so.
 
 A page is written once: a batch that has pages which another is just writing waits for that write.
 """
@@ -20,7 +21,9 @@ from typing import Final
 import numpy as np
 
 from hicache.checksum import checksum, seeds
+from hicache.quotas import Room, digest_of
 from hicache.ssd.pages import Slots
+from hicache.ssd.room import MAX_EVICTED, make_room
 from hicache.ssd.volume import WRITE_NBYTES, Volume
 from hicache.tier import Batch, TierError
 from hicache.workers import Work
@@ -31,9 +34,6 @@ _NO_ROWS: Rows = np.empty(0, np.int32)
 _MAX_BEHIND: Final = 256
 """So many waiting batches are looked at to tell how much room will be wanted."""
 
-_MAX_EVICTED: Final = 4096
-"""Pages that leave at once for those behind the first: a millisecond or two."""
-
 
 class Storing:
     """One batch on its way: the first `n_pages` of it, which are `nbytes`."""
@@ -42,6 +42,7 @@ class Storing:
         self.n_skipped = len(batch) - n_pages
         self.keys = batch.keys[: KEY_NBYTES * n_pages]
         self.parent = batch.parents[:KEY_NBYTES]
+        self.tenant = digest_of(batch.tenant)
         self.slab_slots = batch.slots[:n_pages]
         self.nbytes = nbytes
         self.rows = _NO_ROWS
@@ -146,18 +147,29 @@ class Stores:
     def _start(self, storing: Storing) -> list[_WritePiece] | None:
         """Claim rows and slots for a batch. Returns what is to be written; None if it has to wait for room."""
         pages, counters = self._volume.pages, self._volume.counters
-        rows = pages.hold(storing.keys, storing.parent) if len(storing.slab_slots) else _NO_ROWS
+        rows = pages.hold(storing.keys, storing.parent, storing.tenant) if len(storing.slab_slots) else _NO_ROWS
         if rows is None:
             counters.orphans += len(storing.slab_slots)
             rows = _NO_ROWS
+        self._volume.pay_touches(pages.learn_owner(rows, storing.tenant).astype(np.int64))
         states = pages.states(rows)
         absent = np.flatnonzero(states == State.ABSENT)
-        if len(absent) > pages.n_free and self._makes_room(len(absent) - pages.n_free):
+        n_allowed = self._volume.allowed_pages(len(absent))
+        room = self._make_room(pages.group_of(rows), n_allowed)
+        n_new = room.n_pages
+        if n_new > pages.n_free:
             pages.let_go(rows)
             return None
-        n_taken = int(absent[pages.n_free]) if len(absent) > pages.n_free else len(rows)
-        absent = absent[: pages.n_free]
-        counters.skipped_full += len(rows) - n_taken
+        n_taken = int(absent[n_new]) if len(absent) > n_new else len(rows)
+        absent = absent[:n_new]
+        if n_new < room.n_within_quota:
+            counters.skipped_full += len(rows) - n_taken
+        elif n_new < n_allowed:
+            counters.skipped_quota += len(rows) - n_taken
+        else:
+            counters.skipped_endurance += len(rows) - n_taken
+        if n_new:
+            self._volume.pay_pages(n_new)
         counters.deduplicated += n_taken - len(absent)
         pages.let_go(rows[n_taken:])
         storing.rows = rows[:n_taken]
@@ -168,19 +180,28 @@ class Stores:
             self._settle(storing)
         return pieces
 
-    def _makes_room(self, n_short: int) -> bool:
-        """Whether waiting will bring slots: a new segment, or pages that leave now or have left."""
-        pages = self._volume.pages
-        if self._volume.may_grow:
-            self._volume.wants_growth = True
-            return True
-        if pages.n_dying:
-            return True
-        with self._queue_lock:  # the first is the one that is short
-            n_behind = sum(len(storing.slab_slots) for storing in islice(self._waiting, 1, _MAX_BEHIND))
-        n_evicted = pages.evict(max(n_short, min(n_short + n_behind, pages.n_live // 8, _MAX_EVICTED)))
-        self._volume.counters.evicted += n_evicted
-        return n_evicted > 0
+    def _make_room(self, group: int, n_wanted: int) -> Room:
+        """For so many pages of a group. Those that it allows and that have no free slot yet have to wait.
+
+        If pages leave for them, more do for those of the group that wait behind, so that one commit is for all.
+        """
+        volume, pages = self._volume, self._volume.pages
+        n_dying = pages.n_dying
+        room = make_room(volume, group, n_wanted)
+        if room.n_pages > pages.n_free:
+            if volume.may_grow:
+                volume.wants_growth = True
+            elif pages.n_dying > n_dying:
+                n_more = min(self._n_behind(group), pages.n_live // 8, MAX_EVICTED)
+                make_room(volume, group, volume.allowed_pages(n_wanted + n_more))
+        return room
+
+    def _n_behind(self, group: int) -> int:
+        """How many pages of a group wait behind the first batch."""
+        quotas = self._volume.quotas
+        with self._queue_lock:
+            behind = list(islice(self._waiting, 1, _MAX_BEHIND))
+        return sum(len(one.slab_slots) for one in behind if quotas.group_of_digest(one.tenant) == group)
 
     def _join(self, storing: Storing, incoming: Rows) -> None:
         """Wait for the pieces that are writing these pages already."""
@@ -191,7 +212,7 @@ class Stores:
 
     def _pieces(self, storing: Storing, positions: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[_WritePiece]:
         rows = storing.rows[positions]
-        file_slots = self._volume.pages.begin_write(rows)
+        file_slots = self._volume.pages.begin_write(rows, storing.tenant)
         slab_slots = storing.slab_slots[positions]
         page_seeds = seeds(storing.keys, self._volume.seed)[positions]
         pieces = []

@@ -10,21 +10,23 @@ answers that it has nothing, and tries again from time to time.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hicache.logs import CHANGE, get_logger
+from hicache.quotas import Share
 from hicache.ssd.directory import store_folder
 from hicache.ssd.fill import look_up
 from hicache.ssd.keeper import Keeper
@@ -38,9 +40,10 @@ from hicache.ssd.volume import Spec, Volume
 from hicache.tier import Batch, Capacity, Health, Tier, answered, pending
 from hicache.workers import Workers
 from radix import KEY_NBYTES, POLICIES
+from radix.departures import Remembered
 from transfer.files import System
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 N_THREADS: Final = 8
 _DELETE_NBYTES: Final = 64 * KEY_NBYTES
@@ -73,6 +76,8 @@ class SsdTier(Tier):
         limit_nbytes: int,
         server: str,
         eviction: str = "lru",
+        quotas: Mapping[str, int] = MappingProxyType({}),
+        endurance_nbytes: int | None = None,
         max_queued_nbytes: int = 256 << 20,
         hang_after_s: float = 5.0,
         close_timeout_s: float = 5.0,
@@ -89,10 +94,14 @@ class SsdTier(Tier):
         limit_nbytes: what all members together may occupy, maps and logs included. Each gets an equal share.
         server: names the server: the same on all its ranks, and on no other server.
         eviction: a policy of `radix`.
+        quotas: by tenant's cache salt: how many bytes of `limit_nbytes` its pages may take, on all members together.
+            The same part of its slots has a tenant on each.
+        endurance_nbytes: what all members together may write in any 24 hours; each has an equal share. None: no limit.
         max_queued_nbytes: of stores that wait. hang_after_s: I/O that is older means that the disk hangs.
         system, clock: for tests.
 
-        Raises StoreError, which says what would be right; ValueError for an unknown policy or a strange namespace.
+        Raises StoreError, which says what would be right; ValueError for an unknown policy or a strange namespace;
+        QuotaError for quotas that are more together than there is.
         """
         if eviction not in POLICIES:
             raise ValueError(f"unknown eviction policy {eviction!r}; there are: {', '.join(sorted(POLICIES))}")
@@ -105,6 +114,8 @@ class SsdTier(Tier):
             server=server,
             eviction=eviction,
             system=system or System(),
+            quotas=quotas,
+            endurance_nbytes=None if endurance_nbytes is None else endurance_nbytes // member[1],
         )
         try:
             with ExitStack() as undo:
@@ -217,6 +228,28 @@ class SsdTier(Tier):
         self._keeper.call(lambda: future.set_result(self._keeper.flush()), future, after_fill=True)
         return future
 
+    def departed(self, keys: bytes) -> Remembered | None:
+        """Since the store was opened."""
+        with self._volume.lock:
+            return self._volume.pages.departures.find(keys)
+
+    # ---- quotas ----
+
+    def set_quotas(self, quotas: Mapping[str, int]) -> None:
+        """What is above a quota then leaves soon after, some hundred pages at a time."""
+        with self._volume.lock:
+            self._volume.quotas.update(quotas)
+        self._keeper.wake()
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        with self._volume.lock:
+            return self._volume.quotas.tenants
+
+    def shares(self) -> Sequence[Share]:
+        with self._volume.lock:
+            return self._volume.quotas.shares(self._volume.pages.n_held)
+
     # ---- what it is like ----
 
     def expected_load_s(self, n_pages: int) -> float:
@@ -315,9 +348,9 @@ class SsdTier(Tier):
         self._hangs = hangs
         path = self._volume.spec.path
         if hangs:
-            logger.error("sgl_lmcache: the disk of %s does not answer; going on without it", path)
+            logger.error("sgl_lmcache: the disk of %s does not answer; going on without it", path, extra=CHANGE)
             workers.withdraw()
             self._stores.withdraw()
         else:
-            logger.warning("sgl_lmcache: the disk of %s answers again", path)
+            logger.warning("sgl_lmcache: the disk of %s answers again", path, extra=CHANGE)
         return hangs

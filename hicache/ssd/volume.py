@@ -8,12 +8,11 @@ never over I/O, SQLite or another lock: decide under the lock, act outside it. `
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,16 +21,19 @@ from numpy.typing import NDArray
 
 from hicache.breaker import Breaker
 from hicache.checksum import namespace_seed
+from hicache.logs import CHANGE, get_logger
+from hicache.quotas import Quotas
 from hicache.ssd.counters import Counters
 from hicache.ssd.directory import StoreFolder
+from hicache.ssd.endurance import COMMIT_NBYTES, MAP_PAGE_NBYTES, Endurance, pages_nbytes, touches_nbytes
 from hicache.ssd.locks import Lock
-from hicache.ssd.map import Identity, Map, is_damage
+from hicache.ssd.map import TRANSACTION_ROWS, Identity, Int64Array, Map, is_damage
 from hicache.ssd.pages import Pages, Slots
 from hicache.ssd.sizes import Geometry
 from hicache.workers import Workers
 from transfer.files import ALIGNMENT_NBYTES, SegmentFiles, System
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 N_RESERVED = 1 << 19
 """Slots whose books have their memory from the start: 90 MB, in 30 ms or more, or the first stores wait for it."""
@@ -50,6 +52,8 @@ _OF_A_SECTOR: Final = frozenset({errno.EIO, errno.ENODATA, errno.EILSEQ})
 class Spec:
     """What a store is opened with, again and again if it is deleted under us. See `SsdTier.open`.
 
+    quotas: by tenant, so many bytes of `limit_nbytes`, as they were at first.
+    endurance_nbytes: this member's own part of the budget; None: there is none.
     device: the file system that it was on when it was first opened, as `st_dev`; None before that.
     """
 
@@ -61,6 +65,8 @@ class Spec:
     server: str
     eviction: str
     system: System
+    quotas: Mapping[str, int] = field(default_factory=dict)
+    endurance_nbytes: int | None = None
     device: int | None = None
 
     @property
@@ -104,7 +110,10 @@ class Volume:
         self.wants_growth = False
         self.grow_again_at_s = 0.0
         self.opened = opened
-        self.pages = _books(spec, opened)
+        self.quotas = _quotas(spec, opened)
+        self.pages = _books(spec, opened, self.quotas, clock)
+        limit_nbytes = spec.endurance_nbytes
+        self.endurance = None if limit_nbytes is None else Endurance(limit_nbytes, clock)
         self._suspects: set[int] = set()
         self._told_bad = False
         self._probing = threading.Lock()
@@ -132,12 +141,35 @@ class Volume:
         """Whether another segment may be had. What the directory has no room for is asked for again after a while."""
         return self.files.n_segments < self.geometry.max_segments and self.clock() >= self.grow_again_at_s
 
+    # ---- the endurance budget; under the lock ----
+
+    def allowed_pages(self, n_pages: int) -> int:
+        """How many of these may be stored now."""
+        return n_pages if self.endurance is None else self.endurance.allowed_pages(n_pages, self.geometry.slot_nbytes)
+
+    def pay_pages(self, n_pages: int) -> None:
+        """So many are about to be written, in one batch."""
+        self.pay(pages_nbytes(n_pages, self.geometry.slot_nbytes))
+
+    @property
+    def allows_touches(self) -> bool:
+        """Whether a transaction may note last uses, however scattered they are in the map."""
+        most_nbytes = TRANSACTION_ROWS * MAP_PAGE_NBYTES + COMMIT_NBYTES
+        return self.endurance is None or self.endurance.left_nbytes >= most_nbytes
+
+    def pay_touches(self, slots: Int64Array) -> None:
+        self.pay(touches_nbytes(slots))
+
+    def pay(self, nbytes: int) -> None:
+        if self.endurance is not None:
+            self.endurance.pay(nbytes)
+
+    # ---- bytes ----
+
     def payload(self, slab_slot: int) -> memoryview:
         """The page in a slot of the slab."""
         start = slab_slot * self.geometry.slot_nbytes
         return self.memory[start : start + self.geometry.page_nbytes]
-
-    # ---- bytes ----
 
     def read(self, file_slots: Slots, slab_slots: Slots) -> NDArray[np.bool_]:
         """Claimed file slots into the slab. Returns which are whole. Raises OSError if the disk fails. Blocks."""
@@ -207,7 +239,7 @@ class Volume:
 
         Until `renew` nothing is found here and nothing starts. Raises sqlite3.Error, OSError. Blocks.
         """
-        empty = Pages(self.geometry.n_slots, self.spec.eviction)
+        empty = Pages(self.geometry.n_slots, self.spec.eviction, self.quotas, time_s=self.clock)
         with self.lock:
             if not self.pages.is_quiet:
                 return False
@@ -217,8 +249,9 @@ class Volume:
 
     def renew(self, opened: Opened) -> None:
         """Go on with this store, which is still to be filled."""
-        pages = _books(self.spec, opened)
+        pages = _books(self.spec, opened, self.quotas, self.clock)
         with self.lock:
+            self.quotas.resize(opened.geometry.n_slots)
             self.opened, self.pages = opened, pages
         self._suspects.clear()
 
@@ -253,7 +286,7 @@ class Volume:
         sentence = f"the store {self.spec.folder.path} {what}"
         tripped = [breaker for breaker in breakers if breaker.trip(sentence)]
         if tripped:
-            logger.error("sgl_lmcache: SSD tier: %s; going on without it, and trying again", sentence)
+            logger.error("sgl_lmcache: SSD tier: %s; going on without it, and trying again", sentence, extra=CHANGE)
         self.workers.withdraw(reads=self.reads in breakers, writes=self.writes in breakers)
 
     @property
@@ -299,7 +332,16 @@ class Volume:
                 system.unlink(path)
 
 
-def _books(spec: Spec, opened: Opened) -> Pages:
+def _quotas(spec: Spec, opened: Opened) -> Quotas:
+    """Each is the same part of the slots as of the bytes. Raises QuotaError."""
+    n_slots = opened.geometry.n_slots
+    quotas = Quotas(n_slots)
+    quotas.update({tenant: n_slots * nbytes // spec.limit_nbytes for tenant, nbytes in spec.quotas.items()})
+    return quotas
+
+
+def _books(spec: Spec, opened: Opened, quotas: Quotas, clock: Callable[[], float]) -> Pages:
     """Empty ones, with memory for what the fill will find, and for what most stores will ever hold."""
     n_slots = opened.geometry.n_slots
-    return Pages(n_slots, spec.eviction, max(opened.files.n_slots, min(n_slots, N_RESERVED)))
+    n_expected = max(opened.files.n_slots, min(n_slots, N_RESERVED))
+    return Pages(n_slots, spec.eviction, quotas, n_expected, clock)

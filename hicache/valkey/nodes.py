@@ -9,7 +9,6 @@ it until a trial has gone well. `writes` opens when it refuses to take more.
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 import ssl
@@ -20,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from hicache.breaker import Breaker
+from hicache.logs import CHANGE, get_logger
 from hicache.valkey.wire import ProtocolError, Refusal, Wire
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Address = tuple[str, int]
 T = TypeVar("T")
@@ -151,13 +151,13 @@ class Node:
             breaker.failed()
         elif breaker.trip(sentence) and sentence != self._told:
             self._told = sentence
-            logger.error("sgl_lmcache: Valkey tier: %s; going on without it, and trying again", sentence)
+            logger.error("sgl_lmcache: Valkey tier: %s; going on without it, and trying again", sentence, extra=CHANGE)
 
     def served(self) -> None:
         """It has answered as it should."""
         if self._told and not (self.reads.is_open or self.writes.is_open):
             self._told = ""
-            logger.warning("sgl_lmcache: Valkey tier: %s is used again", self)
+            logger.warning("sgl_lmcache: Valkey tier: %s is used again", self, extra=CHANGE)
 
 
 class Nodes:

@@ -10,7 +10,6 @@ and tries again from time to time.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hicache.checksum import namespace_seed
+from hicache.logs import get_logger
 from hicache.tier import Batch, Capacity, Health, Tier, answered, pending
 from hicache.valkey.calls import Delete, Exists, Load, NodeCall, Shared, Store
 from hicache.valkey.nodes import Endpoint, Node, Nodes, describe
@@ -28,7 +28,7 @@ from hicache.valkey.rights import RefusedError, check_rights
 from hicache.workers import Work, Workers
 from radix import KEY_NBYTES
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _HANGS_AFTER: Final = 3.0
 """Work that is under way for so many times what it may take hangs: in the resolver of names, say."""

@@ -16,13 +16,17 @@ TIMEOUT_S = 5.0
 
 @dataclass(eq=False)
 class Rig:
-    """An engine over a slab whose pages hold their keys. writes: a tier for each, with this write policy."""
+    """An engine over a slab whose pages hold their keys. writes: a tier for each, with this write policy.
+
+    tenants: those with a quota below from the start.
+    """
 
     n_slots: int = 32
     batch_pages: int = 2
     fetch_only_if_faster: bool = False
     max_leased_share: float = 1.0
     writes: tuple[str, ...] = ("through",)
+    tenants: tuple[str, ...] = ()
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
@@ -30,13 +34,14 @@ class Rig:
         self.memories = [MemoryTier(self.slab, 1000) for _ in self.writes]
         self.tiers = [FaultyTier(memory) for memory in self.memories]
         self.engine = Engine(
-            Index(1024),
+            Index(1024, n_groups=4),
             self.n_slots,
             clock=self.clock,
             ticket_timeout_s=TIMEOUT_S,
             max_leased_share=self.max_leased_share,
             tiers=[LowerTier(tier, write) for tier, write in zip(self.tiers, self.writes, strict=True)],
             batch_pages=self.batch_pages,
+            tenants=self.tenants,
             fetch_only_if_faster=self.fetch_only_if_faster,
         )
 

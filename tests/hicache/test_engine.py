@@ -1,6 +1,6 @@
 import pytest
 
-from hicache import Engine, Offload, Ticket, Verdict
+from hicache import UNKNOWN, Engine, Offload, Ticket, Verdict
 from hicache.engine import FOLLOW_TIMEOUT_S
 from radix import HBM, HOST, Index, State
 from tests.support.clock import Clock
@@ -304,10 +304,10 @@ def test_a_deadline_passes_when_the_ranks_have_agreed_and_not_by_the_clock(clock
     ticket = engine.open_ticket(keys, None)
     assert engine.n_waiting == 1
     clock.now_s = 5.0
-    assert engine.report(decides=True) == [1, 0]
+    assert engine.report(decides=True) == [1, 0, UNKNOWN]
     engine.poll_tickets()
     assert not engine.admit(ticket), "another rank's clock may say otherwise"
-    engine.follow([1, 0])
+    engine.follow([1, 0, UNKNOWN])
     assert engine.n_waiting == 0
     assert engine.admit(ticket)
     assert engine.stats.tickets_expired == 1
@@ -317,7 +317,7 @@ def test_expiry_is_in_the_order_of_arrival(clock: Clock) -> None:
     engine = make_engine(8, clock)
     first = engine.open_ticket(incoming(engine, "ab")[0], None)
     second = engine.open_ticket(incoming(engine, "cd")[0], None)
-    engine.follow([1, 0])
+    engine.follow([1, 0, UNKNOWN])
     assert (first.verdict, second.verdict) == (Verdict.GO, Verdict.WAIT)
 
 
@@ -345,8 +345,8 @@ def test_a_follower_whose_time_is_up_computes(clock: Clock) -> None:
     engine.launch(leader)
     assert not engine.admit(follower)
     clock.now_s = FOLLOW_TIMEOUT_S
-    assert engine.report(decides=True) == [0, 1]
-    engine.follow([0, 1])
+    assert engine.report(decides=True) == [0, 1, UNKNOWN]
+    engine.follow([0, 1, UNKNOWN])
     assert engine.admit(follower)
     assert engine.stats.followers_expired == 1
 

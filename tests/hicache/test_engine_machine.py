@@ -8,19 +8,47 @@ in its slot from the promise to the end of the restore, whatever happened in bet
 
 from __future__ import annotations
 
+import contextlib
+from concurrent.futures import Future
+
 import hypothesis.strategies as st
 import numpy as np
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
-from hicache import WRITE_POLICIES, Engine, LowerTier, Offload, Restore, Ticket, Verdict
-from radix import HOST, Index, State
+from hicache import WRITE_POLICIES, Batch, Engine, LowerTier, Offload, PinError, QuotaError, Restore, Ticket, Verdict
+from radix import HOST, POLICIES, Index, State
 from tests.support.clock import Clock
 from tests.support.keys import path_keys
 from tests.support.tiers import FaultyTier, MemoryTier, split
 
 # Few distinct pages and short paths, so that prefixes are shared, split and evicted all the time.
-PATHS = st.sampled_from(["a", "ab", "aba", "abab", "ababc", "abac", "abc", "abca", "abcabca", "b", "ba", "bac", "bacb"])
+ALL_PATHS = ["a", "ab", "aba", "abab", "ababc", "abac", "abc", "abca", "abcabca", "b", "ba", "bac", "bacb"]
+PATHS = st.sampled_from(ALL_PATHS)
+
+
+OWNER = {key: path[0] for path in ALL_PATHS for key in split(path_keys(path))}
+"""Whose each page is."""
+
+
+class NamedTier(FaultyTier):
+    """Is told with each batch whose it is, once that can be known: `named` are the tenants of whom it can be."""
+
+    def __init__(self, inner: MemoryTier, named: set[str]) -> None:
+        super().__init__(inner)
+        self._named = named
+
+    def load(self, batch: Batch) -> Future[int]:
+        self._check(batch)
+        return super().load(batch)
+
+    def store(self, batch: Batch) -> Future[int]:
+        self._check(batch)
+        return super().store(batch)
+
+    def _check(self, batch: Batch) -> None:
+        owner = OWNER[batch.keys[:32]]
+        assert batch.tenant == (owner if owner in self._named else ""), "a batch names another tenant"
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -35,27 +63,64 @@ class EngineMachine(RuleBasedStateMachine):
             st.tuples(st.sampled_from([0, 4, 1000, 1000, 1000]), st.sampled_from(list(WRITE_POLICIES))), max_size=2
         ),
         batch_pages=st.integers(1, 3),
+        eviction=st.sampled_from(sorted(POLICIES)),
+        quota_below=st.sampled_from(["", "a", "b"]),
     )
-    def start(self, n_slots: int, share: float, below: list[tuple[int, str]], batch_pages: int) -> None:
-        """below: how many pages each tier keeps, and its write policy."""
+    def start(
+        self,
+        n_slots: int,
+        share: float,
+        below: list[tuple[int, str]],
+        batch_pages: int,
+        eviction: str,
+        quota_below: str,
+    ) -> None:
+        """below: how many pages each tier keeps, and its write policy. quota_below: who has a quota there."""
         self.clock = Clock()
         self.n_slots = n_slots
         self.slab = np.zeros((n_slots, 32), dtype=np.uint8)
-        self.tiers = [FaultyTier(MemoryTier(self.slab, n_pages)) for n_pages, _ in below]
+        self.has_quota: set[str] = set(quota_below)
+        self.named: set[str] = set()
+        """Those of `has_quota` whose requests have said so since."""
+        self.tiers = [NamedTier(MemoryTier(self.slab, n_pages), self.named) for n_pages, _ in below]
         for tier in self.tiers:
             tier.hold()
         self.engine = Engine(
-            Index(64),
+            Index(64, policies={HOST: eviction}, n_groups=3, n_pages=n_slots),
             n_slots,
             clock=self.clock,
             ticket_timeout_s=2.0,
             max_leased_share=share,
             tiers=[LowerTier(tier, write) for tier, (_, write) in zip(self.tiers, below, strict=True)],
             batch_pages=batch_pages,
+            tenants=quota_below,
         )
         self.landed: set[bytes] = set()
         self.n_open = 0
         self.promised: bytes = b""
+        self.most_held: dict[str, int] = {}
+        """By tenant with a quota: it, or what it held when it got it, until it holds less."""
+
+    @rule(tenant=st.sampled_from("ab"), n_pages=st.integers(0, 9))
+    def set_quota(self, tenant: str, n_pages: int) -> None:
+        try:
+            self.engine.set_quota(tenant, n_pages)
+        except QuotaError:
+            return
+        self.most_held[tenant] = max(n_pages, self.held(tenant))
+        self.has_quota.add(tenant)
+
+    def held(self, tenant: str) -> int:
+        return self.engine.index.held(HOST, self.engine.host.quotas.group_of(tenant))
+
+    @rule(path=PATHS, ttl_s=st.sampled_from([1.0, 100.0]))
+    def pin(self, path: str, ttl_s: float) -> None:
+        with contextlib.suppress(PinError):
+            self.engine.pin(path_keys(path), ttl_s)
+
+    @rule(path=PATHS)
+    def unpin(self, path: str) -> None:
+        self.engine.unpin(path_keys(path))
 
     @rule(target=offloads, path=PATHS, n_parent=st.integers(0, 6))
     def begin_offload(self, path: str, n_parent: int) -> object:
@@ -65,7 +130,9 @@ class EngineMachine(RuleBasedStateMachine):
         if not self.engine.holds(parent):
             n_parent, parent = 0, None
         keys = keys[32 * n_parent :]
+        others = {tenant: self.held(tenant) for tenant in self.most_held if tenant != path[0]}
         offload = self.engine.begin_offload(keys, parent)
+        assert others == {tenant: self.held(tenant) for tenant in others}, "a tenant paid for another"
         self.promised = b""
         if offload is None:
             return multiple()
@@ -136,7 +203,9 @@ class EngineMachine(RuleBasedStateMachine):
         keys = path_keys(path)
         n_parent = min(n_parent, len(path))
         parent = keys[32 * (n_parent - 1) : 32 * n_parent] if n_parent else None
-        return [self.engine.open_ticket(keys[32 * n_parent :], parent), keys]
+        if path[0] in self.has_quota and (parent is None or self.engine.index.row_of(parent) is not None):
+            self.named.add(path[0])
+        return [self.engine.open_ticket(keys[32 * n_parent :], parent, tenant=path[0]), keys]
 
     @rule(ticket=consumes(tickets))
     def close_ticket(self, ticket: tuple[Ticket, bytes]) -> None:
@@ -175,7 +244,7 @@ class EngineMachine(RuleBasedStateMachine):
     def launch(self, ticket: tuple[Ticket, bytes]) -> None:
         opened, _ = ticket
         if opened in self.engine._tickets and opened.verdict is Verdict.GO:
-            self.engine.end_prefill(self.engine.launch(opened))
+            self.engine.end_prefill(self.engine.launch(opened), n_answer_tokens=len(path_keys("a")))
 
     @rule(path=PATHS, n_kept=st.integers(0, 6))
     def hbm_evicts(self, path: str, n_kept: int) -> None:
@@ -220,6 +289,10 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.engine.check_invariants()
+        for tenant, most in self.most_held.items():
+            assert self.held(tenant) <= most, "a tenant is over its quota"
+            group = self.engine.host.quotas.group_of(tenant)
+            self.most_held[tenant] = max(self.engine.host.quotas.limit(group), self.held(tenant))
         index = self.engine.index
         for key in self.landed:
             row = index.row_of(key)
@@ -240,4 +313,4 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TestEngineMachine.settings = settings(max_examples=300, stateful_step_count=60)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from hicache import HostTier, Stats
+from hicache import HostTier, Observed, Stats
 from radix import Index, Rows
+from tests.support.clock import Clock
 from tests.support.keys import path_keys
 
 
@@ -16,7 +17,7 @@ def land(index: Index, host: HostTier, path: str) -> Rows:
 
 def test_a_flag_is_of_a_page_that_is_held_and_forgotten_with_its_slot() -> None:
     index = Index(16)
-    host = HostTier(index, 3, Stats())
+    host = HostTier(index, 3, Stats(), Observed(), Clock())
     flags, others = host.new_flags(), host.new_flags()
     rows = land(index, host, "abc")
     flags.put(rows[:2], True)
@@ -33,7 +34,7 @@ def test_a_flag_is_of_a_page_that_is_held_and_forgotten_with_its_slot() -> None:
 
 def test_a_page_that_is_not_held_has_no_flag() -> None:
     index = Index(16)
-    host = HostTier(index, 2, Stats())
+    host = HostTier(index, 2, Stats(), Observed(), Clock())
     flags = host.new_flags()
     flags.put(land(index, host, "ab"), True)
     absent = index.insert(path_keys("xy"))

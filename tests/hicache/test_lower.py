@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from hicache import TierError, Verdict
+from hicache import TierError, Verdict, spills
 from hicache.engine import UNKNOWN
 from hicache.fetches import N_REPORTED, PATIENCE_SHARE
+from hicache.spills import Spills
 from radix import HBM, HOST, State
 from tests.hicache.rig import TIMEOUT_S, Rig, waits
 from tests.support.keys import path_keys
@@ -58,18 +59,72 @@ def test_only_what_is_new_below_is_given_to_the_tier(rig: Rig) -> None:
     assert rig.spills.spilled == 4
 
 
-def test_what_was_skipped_goes_with_the_next_page_of_its_path() -> None:
+def spills_of(rig: Rig, tier: int = 0) -> Spills:
+    assert rig.engine.below is not None
+    return rig.engine.below.spills[tier]
+
+
+def test_what_has_no_room_goes_when_there_is_some() -> None:
     rig = Rig(n_slots=16)  # of which four may be on their way down
     rig.tier.hold()
-    keys = path_keys("abcdefg")
-    rig.write_back(keys[: 6 * 32])
+    keys = path_keys("abcdefghijk")
+    rig.write_back(keys)
+    assert (spills_of(rig).n_pages, rig.spills.skipped) == (4, 0)
+    rig.tier.release()
+    rig.settle()
+    assert rig.memory.exists(keys).result() == 11
+    assert (rig.spills.spilled, rig.spills.skipped) == (11, 0)
+
+
+def test_what_has_left_host_memory_before_there_is_room_is_skipped() -> None:
+    rig = Rig(n_slots=16)
+    rig.tier.hold()
+    keys = path_keys("abcdef")
+    rig.write_back(keys)
+    rig.engine.hbm_evicted(keys)
+    rig.agree()
+    rig.write_back(path_keys([("other", number) for number in range(12)]))
+    assert rig.spills.skipped == 0
+    rig.tier.release()
+    rig.settle()
+    assert rig.memory.exists(keys).result() == 4
+    assert rig.spills.skipped == 2
+
+
+def test_so_many_offers_wait_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spills, "MAX_WAITING", 2)
+    rig = Rig(n_slots=16)
+    rig.tier.hold()
+    for path in ("abcd", "ef", "gh", "ij"):
+        rig.write_back(path_keys(path))
+        rig.engine.tick()
     assert rig.spills.skipped == 2
     rig.tier.release()
-    rig.agree()
-    assert rig.memory.exists(keys).result() == 4
-    rig.write_back(keys[6 * 32 :], keys[5 * 32 : 6 * 32])
-    rig.agree()
-    assert rig.memory.exists(keys).result() == 7
+    rig.settle()
+    assert [rig.memory.exists(path_keys(path)).result() for path in ("abcd", "ef", "gh", "ij")] == [4, 2, 2, 0]
+
+
+def test_a_tier_that_has_refused_pages_is_not_offered_what_waits() -> None:
+    """It is full, perhaps: the rest would only go with the next offer of its path."""
+    rig = Rig(n_slots=16)
+    rig.tier.hold()
+    rig.write_back(path_keys("abcdef"))
+    rig.tier.fail_next(1)
+    rig.tier.release()
+    rig.settle()
+    assert rig.spills.failed == 2
+    assert rig.spills.skipped == 2
+
+
+def test_nothing_waits_after_a_flush() -> None:
+    rig = Rig(n_slots=16)
+    rig.tier.hold()
+    rig.write_back(path_keys("abcdef"))
+    rig.engine.reset()
+    rig.tier.release()
+    rig.settle()
+    rig.engine.check_invariants()
+    assert (rig.memory.exists(path_keys("abcdef")).result(), rig.spills.skipped) == (4, 0)
 
 
 def test_what_the_tier_did_not_take_is_offered_again(rig: Rig) -> None:
@@ -657,9 +712,11 @@ def test_a_tier_that_hangs_does_not_hold_up_the_spills_of_another() -> None:
         rig.write_back(path_keys(path))
         rig.agree()
     assert rig.n_stored(path_keys("ab")) == rig.n_stored(path_keys("kl")) == [0, 2]
-    assert rig.spills.skipped == 4, "an eighth of host memory may be on its way to each of two"
-    assert rig.engine.below is not None
-    assert rig.engine.below.spills[1].stats.skipped == 0
+    assert spills_of(rig).n_pages == 8, "an eighth of host memory may be on its way to each of two"
+    assert spills_of(rig, 1).n_pages == 0
+    rig.tier.release()
+    rig.settle()
+    assert rig.n_stored(path_keys("kl")) == [2, 2]
 
 
 def test_only_the_part_that_is_worth_it_is_loaded() -> None:

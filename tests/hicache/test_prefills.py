@@ -300,4 +300,4 @@ class PrefillsMachine(RuleBasedStateMachine):
 
 
 TestPrefillsMachine = PrefillsMachine.TestCase
-TestPrefillsMachine.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestPrefillsMachine.settings = settings(max_examples=200, stateful_step_count=40)

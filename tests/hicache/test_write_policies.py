@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hicache import WRITE_POLICIES
-from hicache.write_policies import MAX_CLEANED
+from hicache.write_policies import EXPECTED, MAX_CLEANED
 from tests.hicache.rig import Rig
 from tests.support.keys import path_keys
 from tests.support.tiers import split
@@ -209,10 +209,26 @@ def test_back_is_not_stopped_by_a_tier_that_fails() -> None:
     assert rig.n_stored(path_keys("a")) == [1]
 
 
+def test_back_keeps_pages_of_each_quota_ready() -> None:
+    rig = Rig(n_slots=64, writes=("back",))
+    rig.engine.set_quota("tenant", 4)
+    for path in "abcdef":
+        keys = path_keys(path)
+        rig.engine.close_ticket(rig.engine.open_ticket(keys, None, tenant="tenant"))
+        rig.write_back(keys)
+        rig.settle()
+    assert [rig.n_stored(path_keys(path))[0] for path in "abcdef"] == [1, 1, 1, 0, 0, 0]
+    assert [rig.holds(path_keys(path)) for path in "abcdef"] == [0, 0, 1, 1, 1, 1], (
+        "and host memory has room for 60 more"
+    )
+
+
 def test_back_cleans_when_fetched_pages_fill_host_memory() -> None:
     rig = Rig(n_slots=16, writes=("back", "through"))
     fetched = path_keys("wxyz")
     fill(rig, *"abcdefghijkl")
+    rig.settle()
+    rig.engine.close_ticket(rig.engine.open_ticket(fetched, None))  # pages asked for once only would be first in line
     rig.settle()
     rig.put(1, fetched)
     rig.engine.open_ticket(fetched, None)
@@ -261,3 +277,19 @@ def test_a_page_that_came_from_the_only_tier_is_not_given_to_it(write: str) -> N
     serve(rig, keys)
     assert rig.holds(keys) == 4
     assert rig.spills.spilled == 0
+
+
+@pytest.mark.parametrize(("chance", "n_stored"), [(EXPECTED, 2), (EXPECTED - 0.01, 0)])
+def test_selective_does_not_wait_for_a_second_use_that_is_expected(
+    monkeypatch: pytest.MonkeyPatch, chance: float, n_stored: int
+) -> None:
+    rig = Rig(writes=("selective",))
+    monkeypatch.setattr(rig.engine.index, "chance_of_reuse", lambda row: chance)
+    keys = path_keys("ab")
+    prefill = rig.engine.launch(rig.engine.open_ticket(keys, None))
+    rig.write_back(keys)
+    rig.settle()
+    assert rig.n_stored(keys) == [0], "it is not known yet how long the answer will be"
+    rig.engine.end_prefill(prefill, n_answer_tokens=100)
+    rig.settle()
+    assert rig.n_stored(keys) == [n_stored]

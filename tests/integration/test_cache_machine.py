@@ -26,7 +26,7 @@ from transfer.slab import Slab
 
 PAGE = 4
 N_STEPS = 2_500
-N_WALKS = {"rust": 32, "python": 8}
+N_WALKS = {"rust": 24, "python": 8}
 MUST_BE_SEEN = (
     "host hits",
     "host hits of new weights",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARK = Path(__file__).resolve().parents[2] / "scripts/bench/calls.py"
+BENCHMARK = Path(__file__).resolve().parents[2] / "scripts/benchmarks/calls.py"
 
 
 def test_every_call_of_the_scheduler_is_measured() -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 
+from hicache import Movement
 from sgl_lmcache.linker import Linker, Progress
+from tests.support.clock import Clock
 from tests.support.keys import path_keys
 from tests.support.real_cache import RealCache
 from tests.support.tiers import split
@@ -157,3 +159,40 @@ def test_flush_with_a_load_queued_and_a_write_back_running(real: RealCache) -> N
     assert not linker.is_copying
     assert real.engine.lookup(keys) == 0
     assert real.engine.host.n_free == real.engine.host.n_slots
+
+
+def test_a_restore_is_timed_until_a_layer_or_an_iteration_first_sees_its_end() -> None:
+    clock = Clock()
+    real = RealCache(n_device_pages=16, n_slots=16, page_size=PAGE, clock=clock)
+    linker, engine, keys = real.linker, real.engine, path_keys("abc")
+    store(linker, keys, 1, 2, 3)
+    copy = mock.Mock(done=lambda: False, failed=None)
+    for ends_in_layer in (True, False):
+        assert engine.lookup(keys) == 3
+        assert linker.load("r", transfer(keys, 4, 5, 6))
+        copy.done = lambda: False
+        with mock.patch.object(linker.copies, "restore", return_value=copy):
+            linker.start_layer_wise_loading()
+        clock.now_s += 1.0
+        linker.layer_done_counter.wait_until(0)
+        clock.now_s += 2.0
+        copy.done = lambda: True
+        if ends_in_layer:
+            linker.layer_done_counter.wait_until(1)
+        clock.now_s += 4.0
+        linker.end_restores(linker.progress().n_restored)
+        clock.now_s += 8.0
+    assert list(engine.observed.movements) == [Movement("host", 3, 3.0), Movement("host", 3, 7.0)]
+    real.close()
+
+
+def test_a_restore_that_fails_is_not_timed(real: RealCache) -> None:
+    linker, keys = real.linker, path_keys("ab")
+    store(linker, keys, 1, 2)
+    assert real.engine.lookup(keys) == 2
+    assert linker.load("r", transfer(keys, 4, 5))
+    failed = mock.Mock(done=lambda: True, failed=OSError("the bus is gone"))
+    with mock.patch.object(linker.copies, "restore", return_value=failed):
+        linker.start_layer_wise_loading()
+    linker.end_restores(linker.progress().n_restored)
+    assert not real.engine.observed.movements

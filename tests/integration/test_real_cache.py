@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from radix import HBM, State
 from tests.support.real_cache import RealCache, request
@@ -113,6 +114,30 @@ def test_pages_that_host_memory_evicted_while_hot_in_hbm_are_written_back_with_t
     real.iterate()
     assert run(real, "extended", longer) == (20 * PAGE, 0)
     assert real.engine.lookup(real.page_keys(longer)) == 21
+    real.check()
+    real.close()
+
+
+def test_pages_that_host_memory_evicted_are_kept_again_when_hbm_is_hit_and_are_there_when_hbm_evicts(
+    tree_core: str,
+) -> None:
+    real = RealCache(n_device_pages=64, n_slots=24, page_size=PAGE, tree_core=tree_core)
+    prompt = tokens(1, 20 * PAGE + 1)
+    run(real, "first", prompt)
+    run(real, "pushes the first out of host memory", tokens(2, 24 * PAGE))
+    assert real.engine.lookup(real.page_keys(prompt)) == 0
+    real.iterate()
+    assert run(real, "the same", prompt) == (20 * PAGE, 0), "it brings no page that SGLang would offer"
+    assert real.engine.lookup(real.page_keys(prompt)) == 20
+    real.check()
+    n_offered = real.engine.stats.offered
+    run(real, "once more", prompt)
+    assert real.engine.stats.offered == n_offered, "what is kept is not offered again"
+    for seed in (3, 4):
+        run(real, f"pushes it out of HBM {seed}", tokens(seed, 2 * PAGE))
+    real.cache.evict(EvictParams(num_tokens=1000 * PAGE))
+    real.iterate()
+    assert run(real, "back", prompt) == (0, 20 * PAGE)
     real.check()
     real.close()
 

@@ -37,13 +37,17 @@ class Page:
 
 
 class Model:
-    """Pages by key. `order` holds the resident pages of each tier that has a policy, oldest first."""
+    """Pages by key. `order` holds the resident pages of each tier that is evicted by `lru`, oldest first.
+
+    `parked` are those that were met in that order and had children.
+    """
 
     def __init__(self, capacity: int, policy_tiers: tuple[int, ...]) -> None:
         self.capacity = capacity
         self.now = 0
         self.pages: dict[bytes, Page] = {}
         self.order: dict[int, list[bytes]] = {tier: [] for tier in policy_tiers}
+        self.parked: dict[int, list[bytes]] = {tier: [] for tier in policy_tiers}
 
     def known_prefix(self, keys: list[bytes]) -> list[bytes]:
         n = next((i for i, key in enumerate(keys) if key not in self.pages), len(keys))
@@ -76,22 +80,34 @@ class Model:
             if target is State.RESIDENT:
                 self._to_newest(admitted, tier)
             else:
-                self.order[tier] = [key for key in self.order[tier] if key not in keys]
+                self._take_out(keys, tier)
         if target is State.ABSENT:
             self.forget(keys)
         return freed
 
     def _to_newest(self, keys: list[bytes], tier: int) -> None:
         for key in reversed(keys):
-            if key in self.order[tier]:
-                self.order[tier].remove(key)
+            for line in (self.order[tier], self.parked[tier]):
+                if key in line:
+                    line.remove(key)
             self.order[tier].append(key)
+
+    def _take_out(self, keys: list[bytes], tier: int) -> None:
+        """These have left or have not come. What was parked and has no child on the tier now is first in line."""
+        for key in keys:
+            for line in (self.order[tier], self.parked[tier]):
+                if key in line:
+                    line.remove(key)
+            parent = self.pages[key].parent
+            if parent in self.parked[tier] and not self._has_children(parent, tier, []):
+                self.parked[tier].remove(parent)
+                self.order[tier].insert(0, parent)
 
     def touch(self, keys: list[bytes]) -> None:
         for key in keys:
             self.pages[key].last_use = self.now
         for tier, order in self.order.items():
-            self._to_newest([key for key in keys if key in order], tier)
+            self._to_newest([key for key in keys if key in order or key in self.parked[tier]], tier)
 
     def lease(self, keys: list[bytes]) -> None:
         for key in keys:
@@ -116,24 +132,40 @@ class Model:
         return bool(page.leases or any(page.states) or any(other.parent == key for other in self.pages.values()))
 
     def evict(self, n: int, tier: int) -> tuple[list[bytes], list[int]]:
-        """The oldest page that may go, n times over. Leased pages that are passed over become the newest."""
+        """The oldest page that may go, n times over; what may not is dealt with when it is met."""
         victims: list[bytes] = []
-        while len(victims) < n:
-            may_go = [key for key in self.order[tier] if key not in victims and self._may_go(key, tier, victims)]
-            if not may_go:
+        order, parked = self.order[tier], self.parked[tier]
+        met: list[bytes] = []
+        for key in tuple(order):
+            if len(victims) == n:
                 break
-            victims.append(may_go[0])
-        order = self.order[tier]
-        n_passed = max(map(order.index, victims), default=0) if len(victims) == n else len(order)
-        passed = [key for key in order[:n_passed] if self.pages[key].leases]
-        self.order[tier] = [key for key in order if key not in passed] + passed
+            if self._has_children(key, tier, victims):
+                order.remove(key)
+                parked.append(key)
+            elif self.pages[key].leases:
+                order.remove(key)
+                order.append(key)
+            else:
+                met.append(key)
+                if self.pages[key].last_use != self.now and key not in victims:
+                    self._take_up(key, tier, n, victims, met)
         return victims, self.change("drop", victims, tier)
 
-    def _may_go(self, key: bytes, tier: int, gone: list[bytes]) -> bool:
-        page = self.pages[key]
+    def _take_up(self, key: bytes, tier: int, n: int, victims: list[bytes], met: list[bytes]) -> None:
+        """Take a page, and those above it that nothing but it has kept."""
+        victims.append(key)
+        above = self.pages[key].parent
+        while above is not None and len(victims) < n:
+            page = self.pages[above]
+            waits = above in met or above in self.parked[tier]
+            if not waits or page.leases or page.last_use == self.now or self._has_children(above, tier, victims):
+                return
+            victims.append(above)
+            above = page.parent
+
+    def _has_children(self, key: bytes, tier: int, gone: list[bytes]) -> bool:
         children = [k for k, other in self.pages.items() if other.parent == key and k not in gone]
-        on_tier = any(self.pages[child].states[tier] is not State.ABSENT for child in children)
-        return not on_tier and not page.leases and page.last_use != self.now
+        return any(self.pages[child].states[tier] for child in children)
 
     def path(self, key: bytes | None) -> list[bytes]:
         keys: list[bytes] = []

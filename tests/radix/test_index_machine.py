@@ -189,4 +189,4 @@ class IndexMachine(RuleBasedStateMachine):
 
 
 TestIndexMachine = IndexMachine.TestCase
-TestIndexMachine.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestIndexMachine.settings = settings(max_examples=100, stateful_step_count=40)

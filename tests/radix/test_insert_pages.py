@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from radix import HBM, ROOT, Index, IndexFull, StillHeld
@@ -36,7 +36,6 @@ def shuffled(parents: dict[bytes, bytes], data: st.DataObject) -> list[bytes]:
     return order
 
 
-@settings(deadline=None)
 @given(paths=PATHS, known=PATHS, n_homes=st.sampled_from([1, 3, 2**64]), data=st.data())
 def test_pages_one_by_one_make_the_tree_that_runs_make(
     paths: list[str], known: list[str], n_homes: int, data: st.DataObject
@@ -61,7 +60,6 @@ def test_pages_one_by_one_make_the_tree_that_runs_make(
     by_pages.check_invariants()
 
 
-@settings(deadline=None)
 @given(paths=PATHS, data=st.data())
 def test_pages_without_a_known_parent_get_no_row(paths: list[str], data: st.DataObject) -> None:
     parents = pages_of(paths, 3)

@@ -13,7 +13,7 @@ import pytest
 
 import radix
 
-BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "index.py"
+BENCH = Path(__file__).parents[2] / "scripts" / "benchmarks" / "index.py"
 ALLOWED = {"numpy", "numba", "radix", *sys.stdlib_module_names}
 NOT_HERE = {"socket", "threading", "asyncio", "multiprocessing", "time", "datetime", "random", "os", "io"}
 
@@ -51,4 +51,4 @@ def test_the_benchmark_runs_at_a_tiny_size(capsys: pytest.CaptureFixture[str]) -
     assert bench.main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {call["held_pages"] for call in report["calls"]} == {2000}
-    assert report["memory"][0]["columns_nbytes_a_page"] < 400
+    assert report["memory"][0]["columns_nbytes_a_page"] < 2000  # of which the history's least size is 1,100

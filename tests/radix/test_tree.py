@@ -245,7 +245,8 @@ def test_memory_is_allocated_once_and_counted() -> None:
     nbytes = index.nbytes
     index.put(index.insert(np.random.default_rng(0).bytes(32 * 1000)), HBM)
     assert index.nbytes == nbytes
-    assert 1000 * 32 < nbytes < 1000 * 150
+    fixed = Index(1).nbytes
+    assert 1000 * 32 < nbytes - fixed < 1000 * 300
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:

@@ -163,7 +163,7 @@ def check_at_rest(server: Server) -> Inspection:
 
 def _common(seen: Inspection) -> Inspection:
     """What all ranks have to agree on."""
-    return structs.replace(seen, n_delays=0, loop={}, tier={})
+    return structs.replace(seen, namespace="", n_delays=0, loop={}, tier={})
 
 
 def _check_whole(seen: Inspection) -> None:

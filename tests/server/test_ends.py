@@ -46,11 +46,12 @@ def test_aborted_request_leaves_nothing(cached: Server, phase: str, way: str) ->
 
 
 def _occupy_hbm(server: Server, stack: ExitStack) -> None:
-    """Keep HBM full, until the stack is left, with requests that run for long. Leaving waits for them to be aborted."""
+    """Keep HBM full, until the stack is left, with requests that run for long. Leaving aborts them, and waits."""
     threads = stack.enter_context(ThreadPoolExecutor(4))
     rids = [f"occupy {number}" for number in range(4)]
     for rid in rids:
-        threads.submit(server.generate, prompt(rid, 900), 120, rid=rid)
+        threads.submit(server.generate, prompt(rid, 100), 900, rid=rid)
+        stack.callback(server.abort, rid)
     wait_for("HBM is full", lambda: _any_decoding(server, rids), ANSWER_TIMEOUT_S)
 
 

@@ -70,6 +70,9 @@ def test_data_parallel_attention(fleet: Fleet) -> None:
     assert {(answer.tokens, answer.logprobs) for answer in [*cold, on_device, *restored]} == {
         (cold[0].tokens, cold[0].logprobs)
     }
+    assert [one.hit_tokens["hbm"] for one in server.explain(tokens)] == [reusable(tokens)] * 2
+    server.generate(prompt("of one", 800), 1, routed_dp_rank=1)
+    assert [one.hit_tokens["hbm"] for one in server.explain(prompt("of one", 800))] == [0, reusable(tokens)]
     [first, second] = server.log_lines("host tier of .* GiB")
     assert first.partition("host tier")[2] == second.partition("host tier")[2]
 

@@ -133,3 +133,13 @@ def test_device_hit_does_not_wait_for_its_copies(cached: Server) -> None:
     assert held.host["incoming"] > 0
     assert (again.device_tokens, again.tokens) == (reusable(tokens), cold.tokens)
     assert held.stats["tickets_expired"] == before.stats["tickets_expired"]
+
+
+def test_explain_says_what_a_request_will_find(cached: Server) -> None:
+    """Of several ranks the first answers. Looking keeps none of them from holding what the others hold."""
+    tokens = prompt("explained", 1000)
+    cached.generate(tokens, 1)
+    push_out(cached, "explained")
+    (explanation,) = cached.explain(tokens)
+    assert explanation.runs[0].tiers == ("host",)
+    assert explanation.hit_tokens["host"] == cached.generate(tokens, 1).host_tokens == reusable(tokens)

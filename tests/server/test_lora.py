@@ -90,6 +90,19 @@ def test_an_adapter_finds_its_own_kv_only(
 
 
 @pytest.mark.usefixtures("adapters")
+def test_explain_knows_adapters_by_name(server: Server) -> None:
+    tokens = prompt("explained", 500)
+    server.generate(tokens, lora_path="left")
+    found = {user: server.explain(tokens, lora_path=user)[0] for user in USERS}
+    assert {user: one.hit_tokens["hbm"] for user, one in found.items()} == {
+        BASE: 0,
+        "left": reusable(tokens),
+        "right": 0,
+    }
+    assert found["right"].runs[0].reason == found[BASE].runs[0].reason == "other_namespace"
+
+
+@pytest.mark.usefixtures("adapters")
 @pytest.mark.parametrize(("owner", "thief"), [*itertools.permutations(USERS, 2)])
 def test_what_only_host_memory_has_is_not_found_by_others(server: Server, owner: str | None, thief: str | None) -> None:
     """The owner's pages are in host memory alone when the other asks for the same tokens first."""

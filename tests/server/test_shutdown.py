@@ -99,7 +99,7 @@ def _check_nothing_is_left(server: Server, slabs: set[int], folder: Path) -> Non
     # SGLang leaves sockets, empty files and folders, and what torch has compiled.
     left = [path for path in (folder / "tmp").rglob("*") if path.is_file() and path.stat().st_size]
     assert [path for path in left if not any(part.startswith("torchinductor") for part in path.parts)] == []
-    assert [path.name for path in Path("/dev/shm").iterdir() if "lmcache" in path.name] == []
+    assert list(Path("/dev/shm").glob("sgl[-_]lmcache*")) == []
 
 
 def _users(slabs: set[int]) -> list[int]:

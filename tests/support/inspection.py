@@ -26,7 +26,7 @@ class Inspection(msgspec.Struct, frozen=True):
     """What the probe saw in one rank between two scheduler iterations; see `probe/sgl_lmcache_probe/inspection.py`.
 
     Of one inspection the ranks see the same iteration. So with nothing under way all of it is equal on them, but for
-    what a clock has measured (`loop`, `times`) and for `n_delays`.
+    what a clock has measured (`loop`, `times`), for `n_delays`, and for `namespace`, which is of one rank's KV.
     """
 
     violation: str | None
@@ -34,6 +34,7 @@ class Inspection(msgspec.Struct, frozen=True):
     n_checks: int
     n_iterations: int
     digest: int
+    namespace: str
     contents: dict[str, int]
     history: int
     stats: dict[str, int]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 
@@ -30,6 +30,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.utils import get_storage_hash_str
+from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 from sglang.srt.runtime_context import publish
 from sglang.srt.server_args import ServerArgs
 
@@ -41,6 +42,7 @@ from sgl_lmcache.linker import Linker
 from sgl_lmcache.namespace import Namespace
 from sgl_lmcache.pool import describe_pool
 from sgl_lmcache.ranks import OneRank, Ranks
+from sgl_lmcache.record import Recorder
 from transfer.copies import Copies, DevicePool
 from transfer.cpu import CpuCopies
 from transfer.layout import PageLayout
@@ -75,6 +77,17 @@ class Request:
     kv: object = None
     session: None = None
     skip_radix_cache_insert: bool = False
+    positional_embed_overrides: None = None
+    output_ids_through_stop: tuple[int, ...] = ()
+    time_stats: SchedulerReqTimeStats = field(default_factory=SchedulerReqTimeStats)
+
+    @property
+    def origin_input_ids(self) -> array[int]:
+        return array("q", self.tokens)
+
+    def finished(self) -> bool:
+        """Asked when it is released, which `RealCache` does at its end only."""
+        return True
 
     @property
     def full_untruncated_fill_ids(self) -> list[int]:
@@ -107,6 +120,7 @@ class RealCache:
         open_tiers: Sequence[tuple[OpenTier, str]] = (),
         batch_pages: int = 16,
         fetch_only_if_faster: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
         args = ServerArgs(model_path="dummy", device="cpu", page_size=page_size)
         args.resolve_once()
@@ -158,6 +172,7 @@ class RealCache:
             ranks or OneRank(),
             weights_digest=partial(next, (f"{number:032x}" for number in count())),
             next_tiers=self._next_tiers,
+            recorder=recorder,
         )
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
 

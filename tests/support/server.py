@@ -29,6 +29,7 @@ import msgspec
 
 from sgl_lmcache.cpu import cpu_arguments, cpu_environment
 from sgl_lmcache.cpu.model import TINY, Recipe, make_model
+from sgl_lmcache.explanation import EXPLAIN_PATH, Explanation, decode
 from tests.support.inspection import ANSWER_TIMEOUT_S, Faults, Inspection, ProbeFolder
 from tests.support.processes import STOP_TIMEOUT_S, ProcessGroup, free_port, wait_for
 
@@ -60,7 +61,7 @@ STRICT_CHECKS = {
     "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
 }
 
-FORGOTTEN_VARIABLES = ("SGL_LMCACHE_CONFIG", "SGLANG_PLUGINS")
+FORGOTTEN_VARIABLES = ("SGL_LMCACHE_CONFIG", "SGL_LMCACHE_RECORD", "SGL_LMCACHE_RECORD_LIMIT", "SGLANG_PLUGINS")
 """What a server under test never takes over from the environment of the tests."""
 
 
@@ -213,6 +214,17 @@ class Server:
         response = self._http.get("/server_info")
         self._check(response)
         return dict(response.json())
+
+    def explain(self, tokens: Sequence[int], **fields: str | None) -> tuple[Explanation, ...]:
+        """Where a prompt's pages are, by replica, once nothing is under way. fields: more of the question."""
+        self.at_rest()
+        response = self._http.post(EXPLAIN_PATH, json={"input_ids": list(tokens), **fields})
+        self._check(response)
+        replicas = decode(response.content).replicas
+        for one in replicas:
+            assert [run.end for run in one.runs[:-1]] == [run.start for run in one.runs[1:]]
+            assert (one.runs[0].start, one.runs[-1].end) == (0, len(tokens))
+        return replicas
 
     def metrics(self) -> dict[str, float]:
         """What `/metrics` says, by name and labels as they stand there. Only with `--enable-metrics`."""

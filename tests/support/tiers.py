@@ -174,6 +174,14 @@ class FaultyTier(Tier):
     def clear(self) -> Future[int]:
         return self._call(self.inner.clear)
 
+    def set_quotas(self, quotas: Mapping[str, int]) -> None:
+        """Neither held nor failed."""
+        self.inner.set_quotas(quotas)
+
+    @property
+    def quotas(self) -> Mapping[str, int]:
+        return self.inner.quotas
+
     def expected_load_s(self, n_pages: int) -> float:
         return self.inner.expected_load_s(n_pages)
 

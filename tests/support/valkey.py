@@ -81,10 +81,7 @@ def cluster(folder: Path, n_nodes: int) -> Iterator[Sequence[StoreServer]]:
     folder.mkdir(exist_ok=True)
     options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
     with ExitStack() as stack:
-        nodes = [
-            stack.enter_context(store_server(folder / str(i), *options, port=_free_cluster_port()))
-            for i in range(n_nodes)
-        ]
+        nodes = [stack.enter_context(store_server(folder / str(i), *options, port=free_port())) for i in range(n_nodes)]
         clients = [node.client() for node in nodes]
         for client in clients:
             stack.callback(client.close)
@@ -108,10 +105,3 @@ def _is_whole(client: Client, n_nodes: int) -> bool | None:
 
 def _text(reply: object) -> str:
     return reply.decode() if isinstance(reply, bytes) else str(reply)
-
-
-def _free_cluster_port() -> int:
-    """A cluster's nodes talk on a port that is higher by 10,000."""
-    while (port := free_port()) > 55_000:
-        pass
-    return port

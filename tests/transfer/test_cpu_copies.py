@@ -307,7 +307,7 @@ class InFlight:
 Starts = st.lists(st.tuples(st.booleans(), st.integers(0, N_SLOTS), st.integers(0, 2**16)), max_size=25)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(starts=Starts, name=st.sampled_from(sorted(LAYOUTS)), n_threads=st.integers(1, 3))
 def test_many_batches_in_flight_move_the_right_bytes(
     rig: Rigs, starts: list[tuple[bool, int, int]], name: str, n_threads: int

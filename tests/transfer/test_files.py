@@ -57,7 +57,7 @@ def case(tmp_path: Path) -> Case:
     return Case(tmp_path)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(data=st.data(), short=st.sampled_from([None, 4096, 4608, 12288]))
 def test_what_is_written_to_any_slots_comes_back(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, short: int | None

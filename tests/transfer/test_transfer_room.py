@@ -11,7 +11,7 @@ import pytest
 
 import transfer
 
-BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "copies.py"
+BENCH = Path(__file__).parents[2] / "scripts" / "benchmarks" / "copies.py"
 FORBIDDEN = ("sglang", "sgl_kernel", "radix", "hicache", "sgl_lmcache", "flashinfer")
 
 

@@ -23,7 +23,7 @@ from hicache.mooncake import Pool, UnusableError, process
 from tests.hicache.mooncake.tiers import Rig, open_tier, random_slab, rig
 from tests.hicache.tier_contract import batch, chain
 from tests.support.mooncake import Master
-from tests.support.processes import wait_for
+from tests.support.processes import freeze, wait_for
 
 ANSWER_TIMEOUT_S = 70.0
 RECOVERY_TIMEOUT_S = 60.0
@@ -62,7 +62,7 @@ def client_of(on: Rig) -> int:
 
 @contextmanager
 def frozen(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
+    freeze(pid)
     try:
         yield
     finally:
@@ -191,7 +191,7 @@ def test_a_client_process_that_hangs_is_killed_before_the_slots_are_given_back(
     with rig(own_master.pool()) as on:
         assert store(on) == 4
         hung = client_of(on)
-        os.kill(hung, signal.SIGSTOP)
+        freeze(hung)
         loading = on.tier.load(batch(4, "a", first_slot=20))
         wait_for("it is taken for hung", lambda: "hangs" in on.tier.health().reason or None, ANSWER_TIMEOUT_S)
         assert not loading.done()
@@ -207,7 +207,7 @@ def test_closing_while_the_client_process_hangs_ends_it(own_master: Master) -> N
     with rig(own_master.pool()) as on:
         assert store(on) == 4
         hung = client_of(on)
-        os.kill(hung, signal.SIGSTOP)
+        freeze(hung)
         loading = on.tier.load(batch(4, "a", first_slot=20))
         on.tier.close()
         assert settled(loading) == 0
@@ -288,7 +288,7 @@ def test_a_process_that_ends_just_when_it_has_joined_is_started_again(own_master
 def test_many_calls_that_meet_the_end_of_the_process_are_one_failure(own_master: Master) -> None:
     with rig(own_master.pool()) as on:
         assert store(on) == 4
-        os.kill(client_of(on), signal.SIGSTOP)
+        freeze(client_of(on))
         futures = [on.tier.load(batch(4, "a", first_slot=20)) for _ in range(8)]
         os.kill(client_of(on), signal.SIGKILL)
         assert [settled(future) for future in futures] == [0] * 8

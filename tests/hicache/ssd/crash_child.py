@@ -20,7 +20,7 @@ from unittest.mock import patch
 import numpy as np
 
 from hicache import Batch
-from hicache.ssd import SsdTier, keeper, opening
+from hicache.ssd import SsdTier, keeper, limit_for, opening
 from hicache.ssd.map import Int64Array, Map, PageRows
 from radix import KEY_NBYTES
 from tests.hicache.ssd.stores import SLOT_NBYTES, Slab, make_slab, open_tier, part
@@ -31,6 +31,8 @@ from transfer.files import System
 N_SLOTS = 48
 N_PATHS = 10
 PATH_PAGES = 8
+QUOTAS = {"tenant 0": 12, "tenant 1": 16}
+"""Pages of a store of `N_SLOTS`. A third tenant has none."""
 
 
 def path_batch(number: int, first_slot: int) -> Batch:
@@ -38,7 +40,19 @@ def path_batch(number: int, first_slot: int) -> Batch:
     trunk, trunk_parents = chain(PATH_PAGES // 2, f"trunk {number // 2}")
     keys, parents = chain_below(trunk, PATH_PAGES // 2, f"path {number}")
     slots = np.arange(first_slot, first_slot + PATH_PAGES, dtype=np.int32)
-    return Batch(trunk + keys, trunk_parents + parents, "", slots, depth=0)
+    return Batch(trunk + keys, trunk_parents + parents, tenant_of(number), slots, depth=0)
+
+
+def tenant_of(number: int) -> str:
+    """Whose a path is."""
+    return f"tenant {number // 2 % 3}"
+
+
+def open_store(path: Path, slab: Slab, *, server: str, system: System | None = None) -> SsdTier:
+    """With `QUOTAS`."""
+    limit_nbytes = limit_for(N_SLOTS, 1, SLOT_NBYTES)
+    quotas = {tenant: -(-n_pages * limit_nbytes // N_SLOTS) for tenant, n_pages in QUOTAS.items()}
+    return open_tier(path, slab, n_slots=N_SLOTS, quotas=quotas, server=server, system=system)
 
 
 def chain_below(trunk: bytes, n_pages: int, seed: str) -> tuple[bytes, bytes]:
@@ -79,7 +93,7 @@ def work(path: Path, seed: int) -> None:
     rng = random.Random(seed)
     slab = make_slab()
     with patch.object(keeper, "ROUND_S", 0.01), patch.object(opening, "Map", TellingMap):
-        tier = open_tier(path, slab, n_slots=N_SLOTS, system=TellingSystem(), server=f"server {os.getpid()}")
+        tier = open_store(path, slab, system=TellingSystem(), server=f"server {os.getpid()}")
         while True:
             step(tier, slab, rng)
 

@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[3]
 def run(tmp_path: Path, what: str, *options: str) -> tuple[list[dict[str, Any]], subprocess.CompletedProcess[str]]:
     """The results, and what was printed. No program is found, so fio is not either."""
     found = tmp_path / "results.json"
-    command = [sys.executable, str(ROOT / "scripts/bench/ssd.py"), what, "--path", str(tmp_path), "--json", str(found)]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts/benchmarks/ssd.py"),
+        what,
+        "--path",
+        str(tmp_path),
+        "--json",
+        str(found),
+    ]
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run(
         [*command, *options], env=environment, capture_output=True, text=True, timeout=120, check=True
@@ -57,6 +65,6 @@ def test_calls(tmp_path: Path) -> None:
 
 
 def test_the_help_names_every_part() -> None:
-    command = [sys.executable, str(ROOT / "scripts/bench/ssd.py"), "--help"]
+    command = [sys.executable, str(ROOT / "scripts/benchmarks/ssd.py"), "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert all(f"ssd.py {what}" in printed for what in ("read", "write", "restart", "calls"))

@@ -16,8 +16,17 @@ import pytest
 
 from hicache.ssd import limit_for
 from hicache.ssd.directory import used_nbytes
-from tests.hicache.ssd.crash_child import N_PATHS, N_SLOTS, PATH_PAGES, content, path_batch
-from tests.hicache.ssd.stores import SLOT_NBYTES, make_slab, open_tier, settle
+from tests.hicache.ssd.crash_child import (
+    N_PATHS,
+    N_SLOTS,
+    PATH_PAGES,
+    QUOTAS,
+    content,
+    open_store,
+    path_batch,
+    tenant_of,
+)
+from tests.hicache.ssd.stores import SLOT_NBYTES, make_slab, settle
 from tests.support.tiers import split
 
 N_KILLS = 50
@@ -76,12 +85,12 @@ def nursery() -> Iterator[subprocess.Popen[str]]:
 
 
 def live_and_die(nursery: subprocess.Popen[str], path: Path, rng: random.Random, told: Told) -> None:
-    """A child works until it has said so many lines, some of them only until it has written after that."""
+    """A child works until it has said so many lines; some go on until they write after that, or begin a commit."""
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     nursery.stdin.write(f"{path} {rng.randrange(2**32)}\n")
     nursery.stdin.flush()
-    pid, n_left, after_a_write = 0, rng.randint(1, 120), rng.random() < 0.5
+    pid, n_left, last_word = 0, rng.randint(1, 120), rng.choice(("", "wrote", "begin"))
     killed = False
     for line in nursery.stdout:
         if line.startswith("born"):
@@ -91,7 +100,7 @@ def live_and_die(nursery: subprocess.Popen[str], path: Path, rng: random.Random,
         else:
             told.hear(line)
         n_left -= 1
-        if pid and not killed and n_left <= 0 and (not after_a_write or line.startswith("wrote")):
+        if pid and not killed and n_left <= 0 and line.startswith(last_word):
             os.kill(pid, signal.SIGKILL)
             killed = True
     assert killed, "the child died by itself"
@@ -100,18 +109,22 @@ def live_and_die(nursery: subprocess.Popen[str], path: Path, rng: random.Random,
 def surviving(path: Path) -> dict[int, bytes]:
     """Open the store, check all there is to check, and say which page lies in which slot."""
     slab = make_slab()
-    tier = open_tier(path, slab, n_slots=N_SLOTS, server="the next server")
+    tier = open_store(path, slab, server="the next server")
+    assert tier.quotas == QUOTAS
     settle(tier)
     tier.check_invariants()
     assert used_nbytes(path) <= limit_for(N_SLOTS, 1, SLOT_NBYTES)
     found: set[bytes] = set()
+    n_held = dict.fromkeys(map(tenant_of, range(N_PATHS)), 0)
     for number in range(N_PATHS):
         batch = path_batch(number, first_slot=100)
         n_found = tier.exists(batch.keys).result()
         assert tier.load(batch).result() == n_found
         for slot, key in zip(batch.slots[:n_found], split(batch.keys), strict=False):
             assert np.array_equal(slab[slot], content(key))
+            n_held[tenant_of(number)] += key not in found
             found.add(key)
+    assert all(n_held[tenant] <= n_pages for tenant, n_pages in QUOTAS.items())
     stats = tier.stats()
     assert stats["corrupt"] == 0
     assert stats["crashes"] == 0
@@ -119,6 +132,8 @@ def surviving(path: Path) -> dict[int, bytes]:
     assert stats["n_pages"] == len(found)
     with tier._volume.lock:
         rows = tier._volume.pages.index.match
+        for tenant in QUOTAS:
+            assert tier._volume.pages.n_held(tier._volume.quotas.group_of(tenant)) == n_held[tenant], "whose they are"
         by_slot = {int(tier._volume.pages.index.slots(rows(key))[0]): key for key in found}
     tier.close()
     return by_slot

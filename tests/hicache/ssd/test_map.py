@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sqlite3
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hicache.quotas import DIGEST_NBYTES, NOBODY
 from hicache.ssd.map import Identity, Map, PageRows
 from radix import KEY_NBYTES
 from tests.hicache.tier_contract import chain
@@ -22,8 +24,8 @@ IDENTITY = Identity("namespace", 4000, 4096)
 N_SLOTS = 40
 
 Value = None | int | float | str | bytes
-Row = tuple[Value, Value, Value, Value, Value]
-"""Key, parent, depth, checksum, last use."""
+Row = tuple[Value, Value, Value, Value, Value, Value]
+"""Key, parent, depth, checksum, last use, tenant."""
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 NAMES = st.binary(min_size=KEY_NBYTES, max_size=KEY_NBYTES)
@@ -36,16 +38,17 @@ ANYTHING: st.SearchStrategy[Value] = st.one_of(
     st.binary(max_size=2 * KEY_NBYTES),
     NAMES,
 )
-SOUND = st.tuples(NAMES, NAMES, st.integers(0, 2**31 - 1), INT64, st.integers(0, 2**63 - 1))
+TENANTS = st.one_of(st.none(), st.binary(min_size=DIGEST_NBYTES, max_size=DIGEST_NBYTES).filter(any))
+SOUND = st.tuples(NAMES, NAMES, st.integers(0, 2**31 - 1), INT64, st.integers(0, 2**63 - 1), TENANTS)
 ROWS = st.one_of(
     SOUND,
     SOUND,
-    st.tuples(ANYTHING, ANYTHING, ANYTHING, ANYTHING, ANYTHING),
-    st.builds(lambda row, at, value: (*row[:at], value, *row[at + 1 :]), SOUND, st.integers(0, 4), ANYTHING),
+    st.tuples(ANYTHING, ANYTHING, ANYTHING, ANYTHING, ANYTHING, ANYTHING),
+    st.builds(lambda row, at, value: (*row[:at], value, *row[at + 1 :]), SOUND, st.integers(0, 5), ANYTHING),
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.dictionaries(st.integers(-5, N_SLOTS + 5), ROWS), st.integers(0, N_SLOTS), st.integers(0, N_SLOTS))
 def test_sound_rows_and_the_slots_of_the_others(rows: dict[int, Row], first: int, end: int) -> None:
     """Against each row looked at in Python. The table has no constraints here, since a damaged file keeps none."""
@@ -64,7 +67,7 @@ def test_sound_rows_and_the_slots_of_the_others(rows: dict[int, Row], first: int
             found_map.close()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.dictionaries(st.integers(0, N_SLOTS), ROWS), st.lists(NAMES, max_size=5), st.randoms(use_true_random=False))
 def test_pages_come_in_the_order_asked(rows: dict[int, Row], others: list[bytes], rng: Random) -> None:
     with TemporaryDirectory() as name:
@@ -88,7 +91,7 @@ def test_a_slice_makes_few_objects_for_the_garbage_collector(tmp_path: Path) -> 
     n_rows = 256
     keys, parents = chain(n_rows, "path")
     numbers = np.arange(n_rows)
-    rows = PageRows(numbers, keys, parents, numbers, numbers.astype(np.uint64), numbers)
+    rows = PageRows(numbers, keys, parents, numbers, numbers.astype(np.uint64), numbers, NOBODY * n_rows)
     no_slots = np.empty(0, np.int64)
     found_map = Map(tmp_path, IDENTITY)
     found_map.apply(no_slots, rows, (no_slots, no_slots), clock=1)
@@ -105,6 +108,26 @@ def test_a_slice_makes_few_objects_for_the_garbage_collector(tmp_path: Path) -> 
     assert n_made < n_rows // 4
 
 
+def test_a_map_of_before_there_were_quotas_is_read_and_written(tmp_path: Path) -> None:
+    write(tmp_path, {3: (b"k" * 32, b"p" * 32, 2, 5, 7, None)})
+    with contextlib.closing(sqlite3.connect(tmp_path / "map.db", isolation_level=None)) as db:
+        db.execute("ALTER TABLE pages DROP COLUMN tenant")
+    old_map = Map(tmp_path, IDENTITY)
+    found, unsound = old_map.between(0, N_SLOTS)
+    assert by_slot(found) == {3: (b"k" * 32, b"p" * 32, 2, 5, 7, None)}
+    assert not len(unsound)
+    none = np.empty(0, np.int64)
+    row = PageRows(
+        np.array([4]), b"K" * 32, bytes(32), np.array([0]), np.array([1], np.uint64), np.array([8]), b"t" * 16
+    )
+    old_map.apply(none, row, (none, none), clock=1)
+    old_map.close()
+    again = Map(tmp_path, IDENTITY)
+    found, _ = again.between(4, 5)
+    assert by_slot(found) == {4: (b"K" * 32, bytes(32), 0, 1, 8, b"t" * 16)}
+    again.close()
+
+
 def write(folder: Path, rows: Mapping[int, Row]) -> dict[int, Row]:
     """A map with these rows. Returns them as they lie there: SQLite turns some numbers into others."""
     Map(folder, IDENTITY).close()
@@ -114,18 +137,18 @@ def write(folder: Path, rows: Mapping[int, Row]) -> dict[int, Row]:
             """
             DROP TABLE pages;
             CREATE TABLE pages(slot INTEGER PRIMARY KEY, key BLOB, parent BLOB, depth INTEGER, checksum INTEGER,
-                last_use INTEGER);
+                last_use INTEGER, tenant BLOB);
             """
         )
         values = [(slot, *row) for slot, row in rows.items()]
-        db.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?, ?)", values)
+        db.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?, ?, ?)", values)
         return {row[0]: row[1:] for row in db.execute("SELECT * FROM pages")}
     finally:
         db.close()
 
 
 def is_sound(row: Row) -> bool:
-    key, parent, depth, checksum, last_use = row
+    key, parent, depth, checksum, last_use, tenant = row
     return (
         isinstance(key, bytes)
         and len(key) == KEY_NBYTES
@@ -136,6 +159,7 @@ def is_sound(row: Row) -> bool:
         and isinstance(checksum, int)
         and isinstance(last_use, int)
         and last_use >= 0
+        and (tenant is None or (isinstance(tenant, bytes) and len(tenant) == DIGEST_NBYTES))
     )
 
 
@@ -153,6 +177,7 @@ def by_slot(rows: PageRows) -> dict[int, Row]:
         rows.depths.tolist(),
         rows.checksums.view("int64").tolist(),
         rows.last_uses.tolist(),
+        (words.tobytes() if words.any() else None for words in rows.tenant_words()),
         strict=True,
     )
     return {row[0]: row[1:] for row in columns}

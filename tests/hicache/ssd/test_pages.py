@@ -5,15 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hicache.quotas import Quotas, digest_of
+from hicache.ssd.map import PageRows
 from hicache.ssd.pages import Pages
 from hicache.tier import ROOT_KEY
+from radix.departures import CAPACITY, CLEARED, DAMAGED, NOT_KNOWN
 from tests.hicache.tier_contract import chain
 from tests.support.tiers import split
 
 
 def books(n_slots: int = 20) -> Pages:
     """All of its slots exist, and are free."""
-    pages = Pages(n_slots, "lru")
+    pages = Pages(n_slots, "lru", Quotas(n_slots))
     pages.begin_fill(n_slots, 1)
     pages.free_unused(0, n_slots)
     pages.end_fill()
@@ -117,6 +120,32 @@ def test_what_could_not_be_committed_is_taken_again(path: list[bytes]) -> None:
     assert (len(again.deleted), len(again.saved)) == (1, 9)
 
 
+def found(slot: int, key: bytes, parent: bytes) -> PageRows:
+    """One row of a map, of a page that is said to be tenant a's."""
+    one = np.array([slot])
+    return PageRows(one, key, parent, one, one.astype(np.uint64), one, digest_of("a"))
+
+
+def test_a_first_page_that_is_known_below_another_is_wrong(path: list[bytes]) -> None:
+    pages = Pages(20, "lru", quotas := Quotas(20))
+    quotas.set("a", 10)
+    pages.begin_fill(20, 1)
+    assert not len(pages.adopt(found(0, path[0], ROOT_KEY)))
+    assert not len(pages.adopt(found(1, path[1], path[0])))
+    assert pages.adopt(found(2, path[1], ROOT_KEY)).tolist() == [2]
+    assert (pages.n_held(1), len(pages.index)) == (2, 2)
+
+
+def test_a_first_page_that_has_left_keeps_no_row(path: list[bytes]) -> None:
+    pages = Pages(20, "lru", quotas := Quotas(20))
+    quotas.set("a", 10)
+    pages.begin_fill(20, 1)
+    pages.adopt(found(0, path[0], ROOT_KEY))
+    pages.delete(path[0])
+    assert not len(pages.adopt(found(0, path[0], ROOT_KEY)))
+    assert (pages.n_held(1), len(pages.index)) == (0, 0)
+
+
 def test_taking_changes_scans_nothing(path: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     """With ten million slots a look at all flags is milliseconds under the lock, at each commit."""
     pages = books()
@@ -127,3 +156,15 @@ def test_taking_changes_scans_nothing(path: list[bytes], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(np, "flatnonzero", scan)
     assert [len(pages.changes(1000)) for _ in range(2)] == [10, 0]
+
+
+def test_what_became_of_pages_that_left_is_remembered(path: list[bytes]) -> None:
+    pages = books()
+    store(pages, path[:4])
+    pages.let_pass()
+    assert pages.evict(1) == 1
+    pages.delete(path[2])
+    read = pages.begin_read(b"".join(path[:2]))
+    pages.end_read(read, np.array([False, True]))
+    reasons = pages.departures.find(b"".join(path[:5])).reason.tolist()
+    assert reasons == [NOT_KNOWN, DAMAGED, CLEARED, CAPACITY, NOT_KNOWN]

@@ -172,7 +172,7 @@ def test_a_map_that_was_large_becomes_small_with_the_cap(tmp_path: Path) -> None
     (path,) = tmp_path.glob("*/*/map.db")
     with sqlite3.connect(path) as db:
         rows = ((slot, b"%032d" % slot, bytes(32)) for slot in range(100, 30_000))
-        db.executemany("INSERT INTO pages VALUES (?, ?, ?, 0, 0, 0)", rows)
+        db.executemany("INSERT INTO pages VALUES (?, ?, ?, 0, 0, 0, NULL)", rows)
     db.close()
     assert path.stat().st_size > 3 << 20
     tier = open_tier(tmp_path, slab, n_slots=64)
@@ -236,5 +236,5 @@ def test_a_fill_that_breaks_off_is_begun_anew(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_unknown_policy_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown eviction policy 'mru'; there are: lru"):
+    with pytest.raises(ValueError, match="unknown eviction policy 'mru'; there are: gdsf"):
         open_tier(tmp_path, make_slab(), eviction="mru")

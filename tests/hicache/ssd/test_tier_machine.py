@@ -150,4 +150,4 @@ def depth(key: bytes, parents: dict[bytes, bytes]) -> int:
 
 
 TestTierMachine = TierMachine.TestCase
-TestTierMachine.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestTierMachine.settings = settings(max_examples=40, stateful_step_count=30)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(*arguments: str) -> list[dict[str, Any]]:
-    command = [sys.executable, str(ROOT / "scripts/bench/valkey_tier.py"), *arguments, "--rounds", "2", "--json"]
+    command = [sys.executable, str(ROOT / "scripts/benchmarks/valkey_tier.py"), *arguments, "--rounds", "2", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     results: list[dict[str, Any]] = json.loads(done.stdout)

@@ -200,12 +200,14 @@ class Probe:
 
     def _inspect(self, cache: TieredRadixCache) -> dict[str, Any]:
         assert cache.linker is not None
+        assert cache.namespace is not None
         return {
             "violation": _violation(cache),
             "first_violation": self._first_violation,
             "n_checks": self._n_checks,
             "n_iterations": self._n_iterations,
             "digest": cache._engine.digest,
+            "namespace": cache.namespace.digest,
             "contents": _contents(cache._engine),
             "history": self._history,
             "stats": asdict(cache._engine.stats),
