@@ -26,7 +26,7 @@ class _Slots:
         self._pages = volume.pages
         self._counters = volume.counters
         self.n_evicted = 0
-        self._n_to_come = self._pages.n_slots - self._pages.n_live if volume.may_grow else 0
+        self._n_to_come = volume.n_to_come
 
     @property
     def n_slots(self) -> int:

@@ -141,6 +141,11 @@ class Volume:
         """Whether another segment may be had. What the directory has no room for is asked for again after a while."""
         return self.files.n_segments < self.geometry.max_segments and self.clock() >= self.grow_again_at_s
 
+    @property
+    def n_to_come(self) -> int:
+        """Slots that are not in the books yet: of segments that may still be had, or that have just been made."""
+        return (self.pages.n_slots if self.may_grow else self.files.n_slots) - self.pages.n_live
+
     # ---- the endurance budget; under the lock ----
 
     def allowed_pages(self, n_pages: int) -> int:

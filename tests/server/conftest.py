@@ -1,4 +1,8 @@
-"""The servers that tests share. Each costs half a minute of two cores, so there are few, and two live at a time."""
+"""The servers that tests share. Each costs half a minute of two cores, so there are few, and two live at a time.
+
+An idle scheduler spins. So that it takes no core from a server that starts, or from one that a test has to itself, the
+others rest meanwhile: their processes are stopped.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,7 @@ class Fleet:
         self._folder = folder
         self._n_started = 0
         self._servers: dict[str, Server] = {}
+        self._resting: set[str] = set()
 
     def get(self, setup: Setup) -> Server:
         self._drop_dead()
@@ -52,9 +57,12 @@ class Fleet:
             self.make_room()
             self._n_started += 1
             with ExitStack() as stack:
-                for other in self._servers.values():  # an idle scheduler spins, and a start needs all cores
-                    stack.enter_context(other.processes.frozen())
+                for name in self._servers.keys() - self._resting:
+                    stack.enter_context(self._servers[name].processes.frozen())
                 server = Server(setup, self._folder / f"{self._n_started}-{setup.name}").__enter__()
+        elif setup.name in self._resting:
+            self._resting.remove(setup.name)
+            server.processes.thaw()
         self._servers[setup.name] = server
         server.check_alive()
         return server
@@ -63,22 +71,34 @@ class Fleet:
         """The test that has seen a server die has failed; those after it need not."""
         for name, server in tuple(self._servers.items()):
             if not server.is_alive:
-                self._servers.pop(name).stop()
+                self._stop(name)
 
     def make_room(self) -> None:
-        """For one more server, the caller's own perhaps."""
+        """For one more server."""
         while len(self._servers) >= MAX_ALIVE:
-            self._servers.pop(next(iter(self._servers))).stop()
+            self._stop(next(iter(self._servers)))
+
+    def rest(self) -> None:
+        """Make room for a server of the caller's own. The others rest until they are asked for again."""
+        self._drop_dead()
+        self.make_room()
+        for name in self._servers.keys() - self._resting:
+            self._resting.add(name)
+            self._servers[name].processes.freeze()
 
     def stop(self) -> None:
-        while self._servers:
-            self._servers.popitem()[1].stop()
+        for name in tuple(self._servers):
+            self._stop(name)
+
+    def _stop(self, name: str) -> None:
+        self._resting.discard(name)
+        self._servers.pop(name).stop()
 
 
 @contextmanager
 def running(fleet: Fleet, setup: Setup, folder: Path) -> Iterator[Server]:
     """A server of the caller's own."""
-    fleet.make_room()
+    fleet.rest()
     with Server(setup, folder) as server:
         yield server
 

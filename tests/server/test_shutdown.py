@@ -36,7 +36,7 @@ N_CLIENTS = 4
 @contextmanager
 def _doomed(fleet: Fleet, folder: Path, tp_size: int) -> Iterator[Server]:
     """A server of one's own, with a folder of its own for temporary files."""
-    fleet.make_room()
+    fleet.rest()
     (folder / "tmp").mkdir()
     setup = replace(at_tp(CACHED, tp_size), name="doomed", environment={"TMPDIR": str(folder / "tmp")})
     with Server(setup, folder / "server") as server:

@@ -80,13 +80,20 @@ class ProcessGroup:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """None of them takes any time until the context is left."""
-        os.killpg(self._leader.pid, signal.SIGSTOP)
         try:
-            for pid in self.members():
-                wait_until_stopped(pid)
+            self.freeze()
             yield
         finally:
-            os.killpg(self._leader.pid, signal.SIGCONT)
+            self.thaw()
+
+    def freeze(self) -> None:
+        """None of them takes any time until `thaw`."""
+        os.killpg(self._leader.pid, signal.SIGSTOP)
+        for pid in self.members():
+            wait_until_stopped(pid)
+
+    def thaw(self) -> None:
+        os.killpg(self._leader.pid, signal.SIGCONT)
 
     def stop(self) -> None:
         """Kill the whole group; returns when no process of it is left. To end in good order takes SGLang five seconds,

@@ -83,6 +83,30 @@ def test_a_segment_that_does_not_come_is_not_waited_for(tmp_path: Path, caplog: 
     case.tier.close()
 
 
+def test_a_segment_that_is_there_and_not_yet_in_the_books_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one may be made while the keeper, tired of waiting, has turned to the stores."""
+    ended = keeper._Growth.ended
+    seen: set[keeper._Growth] = set()
+
+    def is_seen_late(growth: keeper._Growth, timeout_s: float) -> bool:
+        assert ended(growth, 20.0)
+        is_late = growth in seen
+        seen.add(growth)
+        return is_late
+
+    monkeypatch.setattr(keeper._Growth, "ended", is_seen_late)
+    tier = open_tier(tmp_path, make_slab())
+    paths = [pages(4, f"path {number}") for number in range(16)]
+    for path in paths:
+        assert tier.store(path).result(timeout=20) == 4
+    assert [tier.exists(path.keys).result() for path in paths] == [4] * 16
+    assert (tier.stats()["n_slots"], tier.stats()["evicted"]) == (64, 0)
+    tier.check_invariants()
+    tier.close()
+
+
 def test_closing_does_not_wait_for_a_segment_for_ever(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     case = Case(tmp_path, close_timeout_s=0.05)
     waiting = case.tier.store(pages(8, "b"))
