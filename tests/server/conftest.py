@@ -6,7 +6,9 @@ others rest meanwhile: their processes are stopped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from msgspec import structs
 
 from tests.server.traffic import N_HBM_TOKENS, PAGE_SIZE, Tolerance, greatest_gap, prompt, reusable
-from tests.support.server import Inspection, Server, Setup
+from tests.support.server import START_TIMEOUT_S, STOP_TIMEOUT_S, Inspection, Server, Setup, wait_for
 
 MAX_ALIVE = 2
 
@@ -101,6 +103,29 @@ def running(fleet: Fleet, setup: Setup, folder: Path) -> Iterator[Server]:
     fleet.rest()
     with Server(setup, folder) as server:
         yield server
+
+
+@contextmanager
+def running_together(fleet: Fleet, setups: Sequence[Setup], folder: Path) -> Iterator[list[Server]]:
+    """Servers of the caller's own, started at the same time, as a start keeps one core busy for half of it."""
+    fleet.rest()
+    servers = [Server(setup, folder / setup.name) for setup in setups]
+    with ExitStack() as stack, ThreadPoolExecutor(len(servers)) as threads:
+        for server in servers:
+            stack.callback(server.stop)
+        yield list(threads.map(Server.__enter__, servers))
+
+
+def check_does_not_start(fleet: Fleet, setup: Setup, folder: Path, sentence: str) -> None:
+    """It ends by itself, leaves no process, and has written the sentence, a regular expression, into its log."""
+    fleet.rest()
+    server = Server(setup, folder)
+    with server.launch() as processes:
+        assert processes.wait(START_TIMEOUT_S) != 0
+        wait_for("all its processes have ended", lambda: not processes.members() or None, STOP_TIMEOUT_S)
+        assert re.search(sentence, processes.log()), processes.log_tail()
+        assert "The server is fired up" not in processes.log()
+    server.stop()
 
 
 @pytest.fixture(scope="package")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from tests.server.conftest import Fleet, running
+from tests.server.conftest import Fleet, running_together
 from tests.server.traffic import Tolerance, prompt, reusable
 from tests.support.server import Answer, Server, Setup
 
@@ -32,8 +31,7 @@ def check_that_servers_share(
     """
     tokens = prompt("shared", 1500)
     asleep = [replace(setup, arguments=(*setup.arguments, "--sleep-on-idle")) for setup in setups]
-    with ExitStack() as stack:
-        first, second = (stack.enter_context(running(fleet, setup, folder / setup.name)) for setup in asleep)
+    with running_together(fleet, asleep, folder) as (first, second):
         for server in (first, second):
             ready(server)
         cold = first.generate(tokens)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.server.conftest import Fleet, check_does_not_start
 from tests.server.traffic import N_HBM_TOKENS
-from tests.support.server import START_TIMEOUT_S, STOP_TIMEOUT_S, Server, Setup, wait_for
+from tests.support.server import Setup
 
 pytestmark = pytest.mark.server
 
@@ -22,12 +23,9 @@ pytestmark = pytest.mark.server
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, tuple) else "",
 )
-def test_a_refused_combination_stops_the_start(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
-    server = Server(Setup("refused", ("--max-total-tokens", str(N_HBM_TOKENS), *arguments)), tmp_path)
-    with server.launch() as processes:
-        assert processes.wait(START_TIMEOUT_S) != 0
-        wait_for("all its processes have ended", lambda: not processes.members() or None, STOP_TIMEOUT_S)
-        refusal = r"sgl_lmcache does not run here: [^\n]*" + re.escape(sentence)
-        assert re.search(refusal, processes.log()), processes.log_tail()
-        assert "The server is fired up" not in processes.log()
-    server.stop()
+def test_a_refused_combination_stops_the_start(
+    fleet: Fleet, tmp_path: Path, arguments: tuple[str, ...], sentence: str
+) -> None:
+    setup = Setup("refused", ("--max-total-tokens", str(N_HBM_TOKENS), *arguments))
+    refusal = r"sgl_lmcache does not run here: [^\n]*" + re.escape(sentence)
+    check_does_not_start(fleet, setup, tmp_path, refusal)

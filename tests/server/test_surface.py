@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,9 @@ import pytest
 
 from sgl_lmcache.cpu.model import TINY, make_model
 from sgl_lmcache.page_size import PAGE_SIZES
-from tests.server.conftest import PLAIN, Fleet
+from tests.server.conftest import PLAIN, Fleet, check_does_not_start
 from tests.server.traffic import N_HBM_TOKENS, prompt, push_out
-from tests.support.server import (
-    START_TIMEOUT_S,
-    STOP_TIMEOUT_S,
-    ProcessGroup,
-    Server,
-    Setup,
-    base_environment,
-    wait_for,
-)
+from tests.support.server import START_TIMEOUT_S, ProcessGroup, Server, Setup, base_environment
 
 pytestmark = pytest.mark.server
 
@@ -96,8 +87,9 @@ def test_flag_alone(fleet: Fleet) -> None:
     assert (seen.violation, seen.mismatched, seen.checked) == (None, 0, restored.host_tokens // page_size)
 
 
-def test_engine_in_this_process(tmp_path: Path) -> None:
+def test_engine_in_this_process(fleet: Fleet, tmp_path: Path) -> None:
     """In a child of ours, so that SGLang's state and SGLang's children end with it."""
+    fleet.rest()
     child = Path(__file__).with_name("engine_child.py")
     command = [sys.executable, str(child), str(make_model(TINY))]
     with ProcessGroup(command, base_environment(), tmp_path / "engine.log") as engine:
@@ -123,13 +115,7 @@ def test_engine_in_this_process(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_configuration_stops_the_start(
-    tmp_path: Path, name: str, arguments: tuple[str, ...], config: str | None, sentence: str
+    fleet: Fleet, tmp_path: Path, name: str, arguments: tuple[str, ...], config: str | None, sentence: str
 ) -> None:
     arguments = ("--max-total-tokens", str(N_HBM_TOKENS), *arguments)
-    server = Server(Setup(name, arguments, config=config), tmp_path)
-    with server.launch() as processes:
-        assert processes.wait(START_TIMEOUT_S) != 0
-        wait_for("all its processes have ended", lambda: not processes.members() or None, STOP_TIMEOUT_S)
-        assert re.search(sentence, processes.log()), processes.log_tail()
-        assert "The server is fired up" not in processes.log()
-    server.stop()
+    check_does_not_start(fleet, Setup(name, arguments, config=config), tmp_path, sentence)

@@ -26,6 +26,7 @@ what would be measured with them: following every page, and checking invariants 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -39,13 +40,17 @@ DIRECTORY_VARIABLE = "SGL_LMCACHE_PROBE_DIR"
 FREE_VARIABLE = "SGL_LMCACHE_PROBE_FREE_NBYTES"
 TIMES_VARIABLE = "SGL_LMCACHE_PROBE_TIMES"
 
+DEFAULT_GC_THRESHOLD = (700, 10, 10)
+"""Python's own, from which `sitecustomize.py` departs while SGLang's modules are imported."""
+
 _probe: Probe | None = None
 
 
 def register() -> None:
-    """Entry point. Does nothing in a process whose environment names no folder."""
+    """Entry point. Hooks nothing in a process whose environment names no folder."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    gc.set_threshold(*DEFAULT_GC_THRESHOLD)
     if DIRECTORY_VARIABLE not in os.environ:
         return
     scheduler_init = "sglang.srt.managers.scheduler.Scheduler.__init__"
