@@ -57,6 +57,9 @@ FOLLOW_TIMEOUT_S = 60.0
 """How long a request may wait for pages that another is computing. A request that runs makes progress or ends, and both
 release its followers; this bounds what a fault in that reasoning could cost."""
 
+MAX_OVERDUE = 12
+"""How many times its time-out a request may wait in the line for leases while no other is admitted or ends: 60 s."""
+
 STAND_DOWN_S = 5.0
 """How long ranks that have come to disagree wait for the tiers to end what they have under way."""
 
@@ -85,7 +88,8 @@ class Engine:
     n_slots: host slots, 1 or more.
     ticket_timeout_s: how long a request may wait for pages on their way into host memory.
     max_leased_share: how much of the host tier waiting requests may pin together, from 0 to 1. Beyond it a ticket opens
-        without leases: its request still hits what is there when it is admitted, but the pages may leave before that.
+        without leases. If tiers below have its pages, it waits in a line until others have been admitted. If not, its
+        request still hits what is there when it is admitted, but the pages may leave before that.
     clock: monotonic seconds, for deadlines and for what is observed.
     tiers: what lies below host memory, fastest first; the engine closes them. batch_pages: the most that one call of a
         tier moves.
@@ -131,6 +135,8 @@ class Engine:
                 timeout_s=fetch_timeout_s,
                 clock=clock,
                 tenant_of=self._tenants.of,
+                may_start=self._may_fetch,
+                ended=self._fetch_ended,
             )
         self.tainted = False
         self.taint_reason = FLUSH
@@ -140,10 +146,12 @@ class Engine:
         self.has_decided = False
         self._max_leased = int(n_slots * max_leased_share)
         self._n_leased = 0
+        self._n_closed = 0
         self._n_tickets_on = np.zeros(index.capacity, np.int32)
         """By row: how many tickets lease it."""
         self._polled_at = (0, 0)
         self._tickets: set[Ticket] = set()
+        self._fetching: dict[Fetch, Ticket] = {}
         self._arriving: Waits[Ticket] = Waits(ticket_timeout_s, clock)
         self._following: Waits[Ticket] = Waits(FOLLOW_TIMEOUT_S, clock)
         self._prefills = Prefills(index)
@@ -291,10 +299,14 @@ class Engine:
         self.host.asked(held)
         ticket = Ticket(NO_ROWS, Prefill(keys, last_key=(keys or parent or b"")[-KEY_NBYTES:]))
         self._tickets.add(ticket)
-        self._lease_for(ticket, held)
+        is_kept = self._lease_at_first(ticket, held)
         if self.below is not None and not self.tainted:
             self.below.touched(held)
-            ticket.fetch = self.below.open_fetch(keys, parent, held)
+            ticket.fetch = self.below.open_fetch(keys, parent, held, is_kept=is_kept)
+            if ticket.fetch is not None:
+                self._fetching[ticket.fetch] = ticket
+        if not is_kept and ticket.fetch is None:
+            self.stats.tickets_unleased += 1
         if self._is_arriving(ticket):
             ticket.verdict = Verdict.WAIT
             self._arriving.add(ticket)
@@ -317,20 +329,40 @@ class Engine:
             self.index.asked(path)
             self._pins.asked(path)
 
-    def _lease_for(self, ticket: Ticket, rows: Rows) -> None:
-        """Give the ticket leases on these rows in place of those it has, if waiting requests may lease so much.
+    def _lease_at_first(self, ticket: Ticket, rows: Rows) -> bool:
+        """`_lease_for`, behind all who wait for leases, and leaving enough for what is being loaded."""
+        if self.below is None or not len(rows):
+            return self._lease_for(ticket, rows)
+        fetches = self.below.fetches
+        return not fetches.has_line and self._lease_for(ticket, rows, n_others=fetches.n_loading_pages)
 
-        A page that several wait for counts once.
+    def _lease_for(self, ticket: Ticket, rows: Rows, *, n_others: int = 0) -> bool:
+        """Give the ticket leases on these rows in place of those it has. Returns whether waiting requests may lease so
+        much, with `n_others` more. A page that several wait for counts once.
         """
         n_new = int(np.count_nonzero(self._n_tickets_on[rows] == 0))
-        if self._n_leased + n_new > self._max_leased:
-            self.stats.tickets_unleased += 1
-            return
+        if n_new and self._n_leased + n_others + n_new > self._max_leased:
+            return False
         self.index.lease(rows)
         self._n_tickets_on[rows] += 1
         self._n_leased += n_new
         self._end_leases(ticket)
         ticket.rows = rows
+        return True
+
+    def _may_fetch(self, above: int, n_pages: int) -> bool:
+        """Whether a request may have so many pages brought in below the row `above`.
+
+        It may if it can lease its path then, or if no leases will end by waiting: all who have any are in the line too.
+        """
+        assert self.below is not None
+        fetches = self.below.fetches
+        path = NO_ROWS if above == ROOT else self.index.path(above)
+        is_new = (self._n_tickets_on[path] == 0) & (self.index.states(path, HOST) == RESIDENT)
+        n_new = fetches.n_loading_pages + n_pages + int(np.count_nonzero(is_new))
+        if not n_new or self._n_leased + n_new <= self._max_leased:
+            return True
+        return not fetches.n_loading and all(ticket.is_fetching or not len(ticket.rows) for ticket in self._tickets)
 
     def _end_leases(self, ticket: Ticket) -> None:
         rows, ticket.rows = ticket.rows, NO_ROWS
@@ -381,7 +413,9 @@ class Engine:
     def close_ticket(self, ticket: Ticket) -> None:
         """End a ticket's leases. A ticket is closed once; the prefill of one that was never launched ends with it."""
         self._tickets.remove(ticket)
+        self._n_closed += 1
         if self.below is not None and ticket.fetch is not None:
+            self._fetching.pop(ticket.fetch, None)
             self.below.fetches.drop(ticket.fetch)
         self._arriving.discard(ticket)
         self._following.discard(ticket)
@@ -395,32 +429,42 @@ class Engine:
             return
         self._polled_at = arrived
         for ticket in self._arriving.waiting():
-            if ticket.is_fetching:
-                continue
-            if ticket.fetch is not None and not ticket.has_leased_fetched:
-                ticket.has_leased_fetched = True
-                self._lease_fetched(ticket, ticket.fetch)
             if not self._is_arriving(ticket):
                 self._arriving.discard(ticket)
                 ticket.verdict = Verdict.GO
 
-    def _lease_fetched(self, ticket: Ticket, fetch: Fetch) -> None:
-        """A fetch is over, and has ended its own leases: the ticket takes what has come, by itself or by another's."""
+    def _fetch_ended(self, fetch: Fetch) -> None:
+        """It is over, and has ended its own leases: its ticket takes what has come, by itself or by another's."""
+        ticket = self._fetching.pop(fetch, None)
+        if ticket is None or self.tainted:
+            return
         rows = self.index.match(fetch.keys)
         rows = rows[: true_prefix(self.host.held(rows))]
         if len(rows):
             path = self.index.path(int(rows[-1]))
-            if len(path) > len(ticket.rows):
-                self._lease_for(ticket, path)
+            if len(path) > len(ticket.rows) and not self._lease_for(ticket, path):
+                self.stats.tickets_unleased += 1
 
     def _expire(self, n_arriving: int, n_following: int) -> None:
         """Let those go whom the ranks have agreed to be overdue, as `report` counts them."""
         for ticket in self._arriving.expire(n_arriving):
+            if self._may_wait_on(ticket):
+                self._arriving.add(ticket)
+                continue
             self._let_go(ticket)
             self.stats.tickets_expired += 1
         for ticket in self._following.expire(n_following):
             self._prefills.refuse(ticket.prefill)
             self.stats.followers_expired += 1
+
+    def _may_wait_on(self, ticket: Ticket) -> bool:
+        """Whether it waits in the line for leases, behind others who go on."""
+        if self.below is None or ticket.fetch is None or not self.below.fetches.is_in_line(ticket.fetch):
+            return False
+        if ticket.n_closed_then != self._n_closed:
+            ticket.n_closed_then, ticket.n_overdue = self._n_closed, 0
+        ticket.n_overdue += 1
+        return ticket.n_overdue <= MAX_OVERDUE
 
     def _let_go(self, ticket: Ticket) -> None:
         """It waits no longer; what is loading for it goes on."""

@@ -3,7 +3,7 @@
 A fetch goes through three lines, each in the order in which requests arrived:
 
     probing    the tiers have been asked how many of the pages they hold (`hicache.probe`); nothing is reserved yet
-    found      they have told; the fetch waits for its turn, and for room
+    found      they have told; the fetch waits for its turn, for room, and until its request may keep what it brings
     loading    slots are taken and leased, their pages INCOMING, and the tiers fill them
 
 The answers come from threads and disks, so each rank of a server sees them at another time, and a disk may answer one
@@ -129,7 +129,8 @@ class Fetches:
 
     max_pages: how many slots may be on their way up at a time. batch_pages: the most that one call of a tier loads.
     timeout_s, clock: how long a load may take, and by what clock. landed: told of rows whose pages have landed.
-    tenant_of: whose path begins with a page (`quotas.Tenants`).
+    tenant_of: whose path begins with a page (`quotas.Tenants`). may_start: whether so many pages may be brought in now
+    below a row (`ROOT`: none); the same on all ranks. ended: told of each fetch that is over, at once.
     """
 
     def __init__(
@@ -146,6 +147,8 @@ class Fetches:
         clock: Callable[[], float],
         landed: Callable[[Rows], None],
         tenant_of: Callable[[bytes], str],
+        may_start: Callable[[int, int], bool],
+        ended: Callable[[Fetch], None],
     ) -> None:
         self.tiers = tiers
         self._index = index
@@ -158,6 +161,9 @@ class Fetches:
         self._clock = clock
         self._tell_landed = landed
         self._tenant_of = tenant_of
+        self._may_start = may_start
+        self._tell_ended = ended
+        self._must_wait = False
         self._probing: dict[Fetch, None] = {}
         self._found: dict[Fetch, None] = {}
         self._loading: dict[Fetch, None] = {}
@@ -187,6 +193,15 @@ class Fetches:
     def n_found(self) -> int:
         """Fetches that wait for their turn and for room."""
         return len(self._found)
+
+    @property
+    def has_line(self) -> bool:
+        """Whether those that have been found have to wait until the first of them may start."""
+        return self._must_wait and bool(self._found)
+
+    def is_in_line(self, fetch: Fetch) -> bool:
+        """Whether it is one of them."""
+        return self._must_wait and fetch in self._found
 
     @property
     def n_loading(self) -> int:
@@ -285,19 +300,26 @@ class Fetches:
         return not self._loading and not self._lingering
 
     def _start_found(self) -> list[Fetch]:
-        """Start those whose turn it is, until one has no room. Returns them."""
+        """Start those whose turn it is, until one has no room or may not start yet. Returns them."""
         started = []
+        self._must_wait = False
         for fetch in tuple(self._found):
             rows = self._index.match(fetch.keys[: fetch.n_found * KEY_NBYTES])
             is_held = self._host.held(rows)
             n_held = true_prefix(is_held)
             above = self._row_above(fetch, rows[:n_held])
-            if fetch.n_found <= max(n_held, fetch.n_in_hbm) or above is None:
+            if fetch.n_found <= fetch.n_in_hbm or above is None:
                 self._end(fetch)
                 continue
-            if self._is_arriving(above):
+            n_pages = min(max(0, fetch.n_found - n_held), self._max_pages)
+            if n_pages and self._is_arriving(above):
                 continue
-            n_pages = min(fetch.n_found - n_held, self._max_pages)
+            if not self._may_start(above, n_pages):
+                self._must_wait = True
+                break
+            if not n_pages:
+                self._end(fetch)
+                continue
             if not self._has_room(n_pages):
                 break
             held_again = np.flatnonzero(is_held[n_held:])
@@ -402,6 +424,7 @@ class Fetches:
         self._ageing.discard(fetch)
         fetch.is_over = True
         self.n_ended += 1
+        self._tell_ended(fetch)
 
     # ---- life ----
 

@@ -45,6 +45,7 @@ class Lower:
     tiers: one or more, fastest first. batch_pages: the most that one call of a tier moves.
     only_if_faster: fetch only what the tiers are expected to load sooner than a prefill would compute it.
     timeout_s, clock: how long a load may take, and by what clock. tenant_of: whose path begins with a page.
+    may_start, ended: as `Fetches` has them.
     Raises ValueError for a write policy that does not exist.
     """
 
@@ -62,6 +63,8 @@ class Lower:
         timeout_s: float,
         clock: Callable[[], float],
         tenant_of: Callable[[bytes], str],
+        may_start: Callable[[int, int], bool],
+        ended: Callable[[Fetch], None],
     ) -> None:
         self._index = index
         self._host = host
@@ -88,6 +91,8 @@ class Lower:
             clock=clock,
             landed=self._fetched,
             tenant_of=tenant_of,
+            may_start=may_start,
+            ended=ended,
         )
 
     @property
@@ -122,10 +127,11 @@ class Lower:
 
     # ---- up ----
 
-    def open_fetch(self, keys: bytes, parent: bytes | None, held: Rows) -> Fetch | None:
+    def open_fetch(self, keys: bytes, parent: bytes | None, held: Rows, *, is_kept: bool = True) -> Fetch | None:
         """Ask the tiers for what host memory lacks of a path, from the root on: it is closed under prefixes.
 
         keys: pages below the page `parent` (None: the root). held: the rows, from the root, of what host memory has.
+        is_kept: it stays there; if not, the tiers are asked for that as well.
         None: there is nothing to ask for, or the index does not know the parent.
         """
         last_held = self._index.keys_of(held[-1:]) or None
@@ -136,6 +142,8 @@ class Lower:
         parent_row = None if parent is None else self._index.row_of(parent)
         if not keys or (parent is not None and parent_row is None):
             return None
+        if not is_kept:
+            held, last_held = NO_ROWS, None
         above = NO_ROWS if parent_row is None else self._index.path(parent_row)
         n_held, n_above = len(held), len(above)
         missing = self._index.keys_of(above[n_held:]) + keys[max(0, n_held - n_above) * KEY_NBYTES :]

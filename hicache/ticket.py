@@ -5,8 +5,10 @@
     closed by admission, abort or reset, whichever comes first
 
 A ticket leases every page of its path that host memory holds or is receiving, those that are in HBM as well: they may
-leave HBM while the request waits, and SGLang asks only once. The verdict never goes back from GO to WAIT; a request
-whose ticket says GO may still stay in the queue behind the prefill of another (`hicache.prefills`).
+leave HBM while the request waits, and SGLang asks only once. All together may lease a part of host memory. A ticket for
+which too little of it is left waits in a line, if tiers below have its pages, and gets leases and pages when others
+have been admitted: to bring in pages that nobody keeps would be for nothing. The verdict never goes back from GO to
+WAIT; a request whose ticket says GO may still stay in the queue behind the prefill of another (`hicache.prefills`).
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ class Ticket:
     prefill: Prefill
     fetch: Fetch | None = None
     """What it wants from a lower tier. Kept when it is over."""
-    has_leased_fetched: bool = False
+    n_closed_then: int = 0
+    """How many tickets had been closed when it was last seen to wait in the line beyond its time."""
+    n_overdue: int = 0
+    """How often it has been seen so, with none closed since."""
     verdict: Verdict = Verdict.GO
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hicache import TierError, Verdict, spills
-from hicache.engine import UNKNOWN
+from hicache.engine import MAX_OVERDUE, UNKNOWN
 from hicache.fetches import N_REPORTED, PATIENCE_SHARE
 from hicache.spills import Spills
 from radix import HBM, HOST, State
@@ -461,6 +461,102 @@ def test_sixty_four_requests_for_the_same_pages_all_wait_for_them() -> None:
     assert not any(waits(ticket) for ticket in tickets)
     assert rig.engine.stats.tickets_unleased == 0
     assert rig.holds(keys) == 12
+
+
+def test_who_can_have_no_leases_waits_for_those_before_and_then_finds_all() -> None:
+    """Eight requests whose pages host memory has no room for together. None loses what was loaded for it."""
+    rig = Rig(n_slots=32, max_leased_share=0.5)
+    paths = [path_keys([f"{name}{page}" for page in range(8)]) for name in "abcdefgh"]
+    for keys in paths:
+        rig.write_back(keys)
+        rig.settle()
+    queue = {rig.engine.open_ticket(keys, None): keys for keys in paths}
+    while queue:
+        _agree_for_long(rig)
+        ready = [ticket for ticket in queue if not waits(ticket)]
+        assert len(ready) == min(2, len(queue)), "as many as can have leases"
+        for ticket in ready:
+            assert len(ticket.rows) == 8
+            assert rig.holds(queue[ticket]) == 8
+        rig.engine.close_ticket(ready[0])
+        del queue[ready[0]]
+    assert rig.engine.stats.tickets_unleased == rig.engine.stats.tickets_expired == 0
+
+
+def test_who_waits_in_the_line_is_not_let_go_while_others_are_admitted(rig_of_two: tuple[Rig, list[bytes]]) -> None:
+    rig, (first, second, third) = rig_of_two
+    ready, waiting = rig.engine.open_ticket(first, None), rig.engine.open_ticket(second, None)
+    for _ in range(MAX_OVERDUE - 1):
+        _let_time_pass(rig)
+    assert waits(waiting)
+    rig.engine.close_ticket(rig.engine.open_ticket(third, None))
+    for _ in range(MAX_OVERDUE - 1):
+        _let_time_pass(rig)
+    assert waits(waiting), "something has ended since"
+    for _ in range(2):
+        _let_time_pass(rig)
+    assert not waits(waiting), "nothing has, for a minute"
+    assert rig.engine.stats.tickets_expired == 1
+    for ticket in (ready, waiting):
+        rig.engine.close_ticket(ticket)
+    rig.settle()
+
+
+def test_who_comes_later_does_not_take_the_leases_that_another_waits_for(rig_of_two: tuple[Rig, list[bytes]]) -> None:
+    rig, (first, second, _) = rig_of_two
+    ready, waiting = rig.engine.open_ticket(first, None), rig.engine.open_ticket(second, None)
+    rig.agree()
+    later = rig.engine.open_ticket(first, None)
+    rig.engine.close_ticket(ready)
+    _agree_for_long(rig)
+    assert not waits(waiting)
+    assert len(waiting.rows) == 8
+    assert waits(later)
+    rig.engine.close_ticket(waiting)
+    _agree_for_long(rig)
+    assert not waits(later)
+    assert len(later.rows) == 8, "it was behind, and has them now"
+    rig.engine.close_ticket(later)
+
+
+def test_a_path_that_is_longer_than_all_may_lease_is_loaded_when_nobody_else_has_leases() -> None:
+    rig = Rig(n_slots=32, max_leased_share=0.25)
+    short, long = path_keys("abcdefgh"), path_keys([str(page) for page in range(12)])
+    for keys in (short, long):
+        rig.store_below_only(keys)
+    small = rig.engine.open_ticket(short, None)
+    _agree_for_long(rig)
+    large = rig.engine.open_ticket(long, None)
+    _agree_for_long(rig)
+    assert (waits(small), waits(large)) == (False, True)
+    rig.engine.close_ticket(small)
+    _agree_for_long(rig)
+    assert not waits(large)
+    assert rig.holds(long) == 12
+    assert rig.engine.stats.tickets_unleased == 1
+    rig.engine.close_ticket(large)
+
+
+@pytest.fixture
+def rig_of_two() -> tuple[Rig, list[bytes]]:
+    """Three paths of eight pages that a tier has, and leases for one of them at a time."""
+    rig = Rig(n_slots=24, max_leased_share=8 / 24)
+    paths = [path_keys([f"{name}{page}" for page in range(8)]) for name in "abc"]
+    for keys in paths:
+        rig.write_back(keys)
+        rig.settle()
+    return rig, paths
+
+
+def _let_time_pass(rig: Rig) -> None:
+    rig.clock.now_s += TIMEOUT_S
+    _agree_for_long(rig)
+
+
+def _agree_for_long(rig: Rig) -> None:
+    """Until nothing changes any more, though requests may still wait for others."""
+    for _ in range(20):
+        rig.agree()
 
 
 def test_a_path_that_hbm_holds_whole_is_used_below_as_well(rig: Rig) -> None:

@@ -52,7 +52,7 @@ class TwoRanks:
 
     def __init__(self, rng: Random, below: Sequence[tuple[OpenTier, str]]) -> None:
         """below: the tiers of each, with their write policies."""
-        sizes = rng.randint(13, 40), rng.choice((16, 40, 80) if below else (6, 12, 24, 40, 80))
+        sizes = rng.randint(13, 40), rng.choice((12, 16, 40) if below else (6, 12, 24, 40, 80))
         max_pending_pages, max_leased_share = rng.choice((3, 1000)), rng.choice((0.0, 0.5, 1.0))
         self.meeting = Meeting(2)
         self.ranks = [MeetingRanks(self.meeting, rank) for rank in range(2)]
