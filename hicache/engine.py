@@ -86,7 +86,8 @@ class Engine:
 
     index: the radix index, with a policy for the host tier. The engine is its only writer.
     n_slots: host slots, 1 or more.
-    ticket_timeout_s: how long a request may wait for pages on their way into host memory.
+    ticket_timeout_s: how long a request may wait for pages on their way into host memory; the time in which it waits
+        for leases does not count. 0: it waits for neither.
     max_leased_share: how much of the host tier waiting requests may pin together, from 0 to 1. Beyond it a ticket opens
         without leases. If tiers below have its pages, it waits in a line until others have been admitted. If not, its
         request still hits what is there when it is admitted, but the pages may leave before that.
@@ -152,6 +153,7 @@ class Engine:
         self._polled_at = (0, 0)
         self._tickets: set[Ticket] = set()
         self._fetching: dict[Fetch, Ticket] = {}
+        self._may_wait = ticket_timeout_s > 0
         self._arriving: Waits[Ticket] = Waits(ticket_timeout_s, clock)
         self._following: Waits[Ticket] = Waits(FOLLOW_TIMEOUT_S, clock)
         self._prefills = Prefills(index)
@@ -460,6 +462,8 @@ class Engine:
     def _may_wait_on(self, ticket: Ticket) -> bool:
         """Whether it waits in the line for leases, behind others who go on."""
         if self.below is None or ticket.fetch is None or not self.below.fetches.is_in_line(ticket.fetch):
+            return False
+        if not self._may_wait:
             return False
         if ticket.n_closed_then != self._n_closed:
             ticket.n_closed_then, ticket.n_overdue = self._n_closed, 0

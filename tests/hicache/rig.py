@@ -25,6 +25,7 @@ class Rig:
     batch_pages: int = 2
     fetch_only_if_faster: bool = False
     max_leased_share: float = 1.0
+    ticket_timeout_s: float = TIMEOUT_S
     writes: tuple[str, ...] = ("through",)
     tenants: tuple[str, ...] = ()
     clock: Clock = field(default_factory=Clock)
@@ -37,7 +38,7 @@ class Rig:
             Index(1024, n_groups=4),
             self.n_slots,
             clock=self.clock,
-            ticket_timeout_s=TIMEOUT_S,
+            ticket_timeout_s=self.ticket_timeout_s,
             max_leased_share=self.max_leased_share,
             tiers=[LowerTier(tier, write) for tier, write in zip(self.tiers, self.writes, strict=True)],
             batch_pages=self.batch_pages,

@@ -537,6 +537,20 @@ def test_a_path_that_is_longer_than_all_may_lease_is_loaded_when_nobody_else_has
     rig.engine.close_ticket(large)
 
 
+def test_a_request_that_waits_for_no_pages_does_not_wait_in_the_line() -> None:
+    rig = Rig(n_slots=24, max_leased_share=8 / 24, ticket_timeout_s=0.0)
+    first, second = path_keys("abcdefgh"), path_keys("ijklmnop")
+    for keys in (first, second):
+        rig.write_back(keys)
+        rig.settle()
+    tickets = [rig.engine.open_ticket(keys, None) for keys in (first, second)]
+    assert [waits(ticket) for ticket in tickets] == [False, True]
+    rig.settle()
+    assert [waits(ticket) for ticket in tickets] == [False, False]
+    for ticket in tickets:
+        rig.engine.close_ticket(ticket)
+
+
 @pytest.fixture
 def rig_of_two() -> tuple[Rig, list[bytes]]:
     """Three paths of eight pages that a tier has, and leases for one of them at a time."""
