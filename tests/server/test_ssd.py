@@ -19,7 +19,8 @@ import pytest
 from hicache.ssd import check_path
 from sgl_lmcache.cpu.model import TINY, make_model
 from tests.server.conftest import ARGUMENTS, Fleet, at_tp, check_at_rest, running
-from tests.server.traffic import Tolerance, prompt, push_out, reusable
+from tests.server.sharing import BATCHED
+from tests.server.traffic import PAGE_SIZE, Tolerance, prompt, push_out, reusable
 from tests.support.server import ANSWER_TIMEOUT_S, END_TIMEOUT_S, START_TIMEOUT_S, Faults, Server, Setup, wait_for
 
 pytestmark = pytest.mark.server
@@ -168,6 +169,20 @@ def test_many_requests_for_the_same_pages_load_them_once(ssd: Server) -> None:
     assert {answer.tokens[0] for answer in answers} == {cold.tokens[0]}
     assert after.tier["loaded"] - before.tier["loaded"] == reusable(tokens) // 16
     assert after.stats["fetched"] - before.stats["fetched"] == reusable(tokens) // 16
+
+
+def test_a_queue_longer_than_host_memory_finds_all_that_the_disk_has(ssd: Server) -> None:
+    """Waiting requests may lease half of its 768 pages; these have 1,504. What is loaded for one stays there."""
+    prompts = [prompt(("queue", number), 1505) for number in range(16)]
+    cold = ssd.generate_all(prompts, n_at_once=1)
+    before = ssd.at_rest()
+    ssd.flush()
+    answers = ssd.generate_all(prompts)
+    after = ssd.at_rest()
+    assert [answer.cached_tokens for answer in answers] == [reusable(tokens) for tokens in prompts]
+    assert after.tier["loaded"] - before.tier["loaded"] == sum(reusable(tokens) for tokens in prompts) // PAGE_SIZE
+    for answer, first in zip(answers, cold, strict=True):
+        BATCHED.check(answer, first)
 
 
 def test_emptying_the_store_is_a_miss(ssd: Server) -> None:
