@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.server.conftest import CACHED, Fleet, at_tp
+from tests.server.conftest import CACHED, Fleet, at_tp, running
 from tests.server.traffic import prompt
 from tests.support.server import ANSWER_TIMEOUT_S, END_TIMEOUT_S, Server, wait_for
 
@@ -36,10 +36,9 @@ N_CLIENTS = 4
 @contextmanager
 def _doomed(fleet: Fleet, folder: Path, tp_size: int) -> Iterator[Server]:
     """A server of one's own, with a folder of its own for temporary files."""
-    fleet.rest()
     (folder / "tmp").mkdir()
     setup = replace(at_tp(CACHED, tp_size), name="doomed", environment={"TMPDIR": str(folder / "tmp")})
-    with Server(setup, folder / "server") as server:
+    with running(fleet, setup, folder / "server") as server:
         yield server
 
 
